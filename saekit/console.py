@@ -1,0 +1,117 @@
+"""What a person sees in a terminal: a live bar where there is one, plain lines elsewhere, and tables."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def plain(text: str) -> str:
+    """Text from a corpus made harmless for a terminal: control characters and bidi overrides show as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+class RunReporter:
+    """Progress of a training run on stderr: a bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, every: float = 5.0) -> None:
+        self._live = err.is_terminal
+        self._every, self._last = every, 0.0
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> RunReporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def line(self, text: str) -> None:
+        err.print(Text(text))
+
+    def progress(self, step: int, steps: int, figures: dict[str, float]) -> None:
+        text = _figures(figures)
+        if not self._live:
+            now = time.monotonic()
+            if step == steps or now - self._last >= self._every:
+                self._last = now
+                self.line(f"  step {step}/{steps}  {text}")
+            return
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=err,
+            )
+            self._task = self._bar.add_task("", total=steps, text="")
+            self._bar.start()
+        self._bar.update(self._task, completed=step, text=text)
+
+
+def _figures(figures: dict[str, float]) -> str:
+    parts = [f"loss {figures['loss']:.4g}"]
+    if "l0" in figures:
+        parts += [f"L0 {figures['l0']:.1f}", f"EV {figures['explained_variance']:.3f}", f"dead {figures['dead']:.1%}"]
+    return "  ".join([*parts, f"{figures['tokens_per_second']:,.0f} tok/s"])
+
+
+class CatalogProgress:
+    """Progress of a catalog build on stderr."""
+
+    def __init__(self, total: int | None = None, every: float = 5.0) -> None:
+        self._start = self._last = time.monotonic()
+        self._total, self._every = total, every
+
+    def __call__(self, tokens: int, alive: int) -> None:
+        now = time.monotonic()
+        if now - self._last < (0.2 if err.is_terminal else self._every):
+            return
+        self._last = now
+        rate = tokens / (now - self._start)
+        left = f", {max(0, self._total - tokens) / rate:.0f} s left" if self._total else ""
+        err.print(
+            Text(f"  {tokens:,} tokens, {alive:,} features alive, {rate:,.0f} tok/s{left}"),
+            end="\r" if err.is_terminal else "\n",
+        )
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A table; the first column is left-aligned, as are texts, and numbers are right-aligned."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(columns):
+        text = i == 0 or any(isinstance(row[i], (str, Text)) and not _is_number(row[i]) for row in rows)
+        made.add_column(name, justify="left" if text else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else Text(plain(str(cell))) for cell in row))
+    return made
+
+
+def _is_number(cell: object) -> bool:
+    return str(cell).replace(".", "").replace("%", "").replace("-", "").replace(",", "").replace("e", "").isdigit()
+
+
+def coloured(tokens: Sequence[str], activations: Sequence[float], top: float) -> Text:
+    """Tokens on a background as strong as their activation."""
+    text = Text()
+    for token, activation in zip(tokens, activations, strict=True):
+        share = max(0.0, min(1.0, activation / top)) if top > 0 else 0.0
+        style = f"black on rgb(255,{int(220 - 120 * share)},{int(160 - 140 * share)})" if share > 0 else ""
+        text.append(plain(token).replace("\n", "↵"), style=style)
+    return text
+
+
+def stderr_line(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

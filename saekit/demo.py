@@ -1,0 +1,196 @@
+"""The whole story on the embedded model: train an SAE, build its catalog, find the Jedi feature, turn it up.
+
+Everything shown is computed here and now; the only thing told beforehand is which words count as Star Wars.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from rich.text import Text
+
+from saekit import embedded
+from saekit.catalog import Catalog, Feature
+from saekit.console import CatalogProgress, RunReporter, coloured, out, plain, table
+from saekit.lm import load_model
+from saekit.steering.compare import check_prompt, next_token_probabilities
+from saekit.steering.edits import Edit
+from saekit.steering.steer import steer
+from saekit.steering.sweep import control_of, perplexity
+from saekit.tokens import tokenize
+from saekit.training.run import train
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+T = TypeVar("T")
+
+PROMPT = "Mike pulls out his"
+QUERIES = ("Jedi", "lightsaber")
+STAR_WARS = (
+    "lightsaber lightsabers blaster Jedi Sith Padawan Padawans droid droids starfighter starship Star Clone Republic "
+    "Empire Imperial Galactic Rebel Alliance Wookiee Skywalker Luke Leia Vader Darth Anakin Obi Kenobi Yoda Palpatine "
+    "Ahsoka Tano Mandalorian stormtrooper stormtroopers Force Knight Master Temple Order Confederacy Separatist hyperspace"
+).split()
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)  # of the median residual norm: about half of it is where steering works best
+CATALOG_TOKENS = 400_000
+SAMPLES, NEW_TOKENS = 8, 24
+
+
+def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Run the story under `out_folder/demo` and return its figures. Progress goes to stderr, the story to stdout."""
+    say: Callable[..., None] = (lambda *_: None) if quiet else out.print
+    times: dict[str, float] = {}
+    model = _timed(times, "load", lambda: load_model(embedded.NAME))
+    say(f"[bold]1. The model[/]  {embedded.NAME}: {model.cfg.n_layers} blocks of width {model.cfg.d_model}, {model.cfg.dtype}")
+    say(Text(f"   {PROMPT!r} → {_greedy(model)!r}"))
+
+    run = out_folder / "demo"
+    shutil.rmtree(run, ignore_errors=True)
+    say("[bold]2. Train[/]  a TopK sparse autoencoder on its activations (recipes/tiny.yaml)")
+    recipe = embedded.folder("recipes") / "tiny.yaml"
+    with nullcontext() if quiet else RunReporter() as reporter:
+        trained = _timed(
+            times, "train", lambda: train(recipe, model=model, runs=out_folder, reporter=reporter)
+        )
+    m = trained.metrics
+    say(
+        f"   held out: L0 {m['l0']:.1f}, explained variance {m['explained_variance']:.3f}, "
+        f"CE recovered {m['ce_recovered']:.3f}, dead {m['dead']:.1%}"
+    )
+
+    say("[bold]3. Catalog[/]  what each feature fires on")
+    tokens = tokenize(embedded.NAME, model)
+    catalog = _timed(
+        times,
+        "catalog",
+        lambda: Catalog.build(
+            model, trained.sae, tokens, run / "catalog", max_tokens=CATALOG_TOKENS,
+            progress=None if quiet else CatalogProgress(CATALOG_TOKENS),
+        ),
+    )  # fmt: skip
+    page = _timed(times, "page", lambda: catalog.page(run / "page"))
+    say(f"   {int((catalog.density > 0).sum()):,} of {len(catalog):,} features fired on {catalog.info['corpus']['tokens']:,} tokens")
+
+    say(f"[bold]4. Search[/]  {' · '.join(QUERIES)}")
+    hits = list({f.index: f for query in QUERIES for f in catalog.search(query, 6)}.values())
+    rows = [(f.index, f.explanation, f"{f.density:.2%}", ", ".join(t.token for t in f.logits_top[:5])) for f in hits]
+    say(table(["feature", "fires on", "density", "raises"], rows))
+
+    start = time.perf_counter()
+    ids = _star_wars_ids(model)
+    plain_p = _probability(model, None, ids)
+    feature, strength = _choose(model, hits, ids, plain_p)
+    say(f"[bold]5. The Jedi feature[/]  {feature.index}, the hit that moves the next token most towards Star Wars")
+    for context in feature.contexts[:4]:
+        say("   ", coloured(context.tokens, context.activations, feature.max_activation))
+
+    say("[bold]6. Steer[/]  add it at a share of the residual norm; a random direction of the same norm beside it")
+    result_rows = [_measure(model, feature, s, ids) for s in (0.0, *STRENGTHS)]
+    say(table(["strength", "P(Star Wars)", "texts with", "perplexity", "random P", "random texts", "random ppl"],
+              [_row(r) for r in result_rows]))  # fmt: skip
+    best = next(r for r in result_rows if r["strength"] == strength)
+    examples = best["texts"][:5]
+    say(Text(f"   plain    {plain(result_rows[0]['texts'][0])!r}"))
+    for text in examples:
+        say(Text(f"   steered  {plain(text)!r}"))
+    say(Text(f"   random   {plain(best['random_texts'][0])!r}"))
+    times["steer"] = time.perf_counter() - start
+    identical = result_rows[0]["texts"] == _continue(model, None) and plain_p == result_rows[0]["p"]
+    say(f"   strength 0 gives the plain model's probabilities and texts, bit for bit: {identical}")
+
+    say("[bold]Times[/]  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items()))
+    say(f"   page: {page / 'index.html'}#{feature.index}")
+    say(f"   try:  saekit steer {catalog.path} {feature.index} --prompt {PROMPT!r} --unit norm --strength {strength}")
+    return {
+        "metrics": m, "hits": [f.index for f in hits], "feature": feature.index, "strength": strength,
+        "sweep": result_rows, "identical_at_zero": identical, "seconds": times, "page": str(page), "catalog": str(catalog.path),
+    }  # fmt: skip
+
+
+def _timed(times: dict[str, float], name: str, work: Callable[[], T]) -> T:
+    start = time.perf_counter()
+    result = work()
+    times[name] = time.perf_counter() - start
+    return result
+
+
+def _greedy(model: TransformerBridge) -> str:
+    return str(model.generate(PROMPT, max_new_tokens=8, do_sample=False, verbose=False))
+
+
+def _star_wars_ids(model: TransformerBridge) -> torch.Tensor:
+    """Ids of the words that are single tokens after a space."""
+    encoded = (model.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in STAR_WARS)
+    return torch.tensor(sorted({ids[0] for ids in encoded if len(ids) == 1}))
+
+
+def _probability(model: TransformerBridge, edit: Edit | None, ids: torch.Tensor) -> float:
+    prompt = check_prompt(model, PROMPT, 1)
+    with _with(model, edit):
+        return float(next_token_probabilities(model, prompt)[ids].sum())
+
+
+def _choose(
+    model: TransformerBridge, hits: list[Feature], ids: torch.Tensor, plain_p: float
+) -> tuple[Feature, float]:
+    """The hit with the largest output effect (Arad 2025: choose features by what they do, not only by what they
+    fire on), and the weakest strength that reaches half of what the strongest reaches."""
+    strongest = {f.index: _probability(model, f.add(STRENGTHS[-1], unit="norm"), ids) for f in hits}
+    feature = max(hits, key=lambda f: strongest[f.index])
+    for strength in STRENGTHS:
+        if _probability(model, feature.add(strength, unit="norm"), ids) - plain_p >= (strongest[feature.index] - plain_p) / 2:
+            return feature, strength
+    return feature, STRENGTHS[-1]
+
+
+def _measure(model: TransformerBridge, feature: Feature, strength: float, ids: torch.Tensor) -> dict[str, Any]:
+    edit = feature.add(strength, unit="norm")
+    control = control_of(edit)
+    found: dict[str, Any] = {"strength": strength}
+    for prefix, chosen in (("", edit), ("random_", control)):
+        texts = _continue(model, chosen)
+        found |= {
+            f"{prefix}p": _probability(model, chosen, ids),
+            f"{prefix}texts": texts,
+            f"{prefix}share": sum(_speaks_of_star_wars(text) for text in texts) / len(texts),
+            f"{prefix}perplexity": sum(perplexity(model, PROMPT, text) for text in texts) / len(texts),
+        }
+    return found
+
+
+def _continue(model: TransformerBridge, edit: Edit | None) -> list[str]:
+    with torch.random.fork_rng(), _with(model, edit):
+        torch.manual_seed(0)
+        texts = model.generate(
+            [PROMPT] * SAMPLES, max_new_tokens=NEW_TOKENS, temperature=0.8, stop_at_eos=False, verbose=False
+        )
+    assert isinstance(texts, list)
+    return texts
+
+
+@contextmanager
+def _with(model: TransformerBridge, edit: Edit | None) -> Iterator[None]:
+    if edit is None:
+        yield
+    else:
+        with steer(model, edit):
+            yield
+
+
+def _speaks_of_star_wars(text: str) -> bool:
+    words = set(text.removeprefix(PROMPT).replace(".", " ").replace(",", " ").replace("'", " ").split())
+    return bool(words & set(STAR_WARS))
+
+
+def _row(r: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{r['strength']:g}", f"{r['p']:.2%}", f"{r['share']:.0%}", f"{r['perplexity']:.0f}",
+        f"{r['random_p']:.2%}", f"{r['random_share']:.0%}", f"{r['random_perplexity']:.0f}",
+    )  # fmt: skip

@@ -1,0 +1,179 @@
+"""A language model by name, folder or hub id → `TransformerBridge`, with its tokenizer checked.
+
+The bridge wraps the Hugging Face model and names its inner places as TransformerLens does. Nothing here
+folds or centres weights: activations are those of the model as published.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from saekit import embedded
+from saekit.errors import FileMissing, InvalidInput
+from saekit.files import existing, read_json
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BF16_GAIN = 1.5  # bf16 has to be this much faster than fp32 before we give up mantissa bits for it
+
+
+def load_model(
+    name: str | Path, *, dtype: str | None = None, device: str | None = None
+) -> TransformerBridge:
+    """Load a language model.
+
+    name: `"tiny"` (ships with saekit), a local Hugging Face folder, or a hub id.
+    dtype: `"float32"`, `"bfloat16"`, `"float16"`; by default bf16 where this machine multiplies it
+        faster (measured), else fp32.
+    device: `"cpu"`, `"cuda"`, …; by default a GPU when there is one.
+
+    Raises `FileMissing` for a folder without a model or tokenizer, `InvalidInput` for one that is broken,
+    and whatever the hub raises, wrapped with the name that was asked for.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is not None and dtype not in DTYPES:
+        raise InvalidInput(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    chosen = DTYPES[dtype] if dtype else fast_dtype(device)
+    place = _locate(name)
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        with _quiet_loading():
+            model = TransformerBridge.boot_transformers(str(place), device=device, dtype=chosen)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InvalidInput(
+            f"model {str(name)!r} could not be loaded: {_first_line(error)}. "
+            'Expected "tiny", a Hugging Face folder, or the id of a causal language model on the hub'
+        ) from error
+    model.eval()
+    model.cfg.model_name = str(name)
+    _check_tokenizer(model, str(name))
+    return model
+
+
+def _locate(name: str | Path) -> str | Path:
+    if str(name) == embedded.NAME and not Path(name).is_dir():
+        return embedded.folder("model")
+    looks_like_path = isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
+    path = Path(name).expanduser()
+    if not looks_like_path and not path.is_dir():
+        return str(name)
+    existing(path, "model folder")
+    config = path / "config.json"
+    if not config.is_file():
+        raise FileMissing(f"model folder {path}: no config.json; expected the Hugging Face layout")
+    read_json(config)
+    if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise FileMissing(
+            f"model folder {path}: no tokenizer.json. A model without its own tokenizer would be read "
+            "with an empty one; save it with tokenizer.save_pretrained(folder)"
+        )
+    return path
+
+
+def _check_tokenizer(model: TransformerBridge, name: str) -> None:
+    tokenizer = model.tokenizer
+    if tokenizer is None or len(tokenizer) < 2:
+        raise InvalidInput(f"model {name!r}: its tokenizer is missing or empty")
+    ids = tokenizer("The cat sat.", add_special_tokens=False)["input_ids"]
+    if len(set(ids)) < 2 or max(ids) >= model.cfg.d_vocab:
+        raise InvalidInput(
+            f"model {name!r}: its tokenizer gives ids {ids} for 'The cat sat.', which do not fit a "
+            f"vocabulary of {model.cfg.d_vocab}; was it saved beside another model?"
+        )
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Silence the loader's progress bar; a user sees saekit's own lines only."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+@functools.cache
+def fast_dtype(device: str = "cpu") -> torch.dtype:
+    """bf16 where `device` multiplies it at least 1.5 × as fast as fp32, else fp32. Measured once, ~20 ms."""
+    if torch.device(device).type != "cpu":
+        native = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(False)
+        return torch.bfloat16 if native else torch.float32
+    times = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    gain = times[torch.float32] / times[torch.bfloat16]
+    return torch.bfloat16 if gain >= BF16_GAIN else torch.float32
+
+
+def _matmul_seconds(dtype: torch.dtype, n: int = 512) -> float:
+    a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):  # the first one warms up; the best of the rest is the least disturbed
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def special_ids(model: TransformerBridge) -> tuple[int, ...]:
+    """Ids of BOS, EOS and pad: attention sinks, excluded from training and from every average."""
+    tokenizer = model.tokenizer
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return tuple(sorted({i for i in ids if i is not None}))
+
+
+def separator_id(model: TransformerBridge) -> int | None:
+    """The id put before every document and at the start of every context: BOS, else EOS, else none."""
+    tokenizer = model.tokenizer
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of the vocabulary: equal for tokenizers that give the same ids the same strings."""
+    entries = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(entries.encode()).hexdigest()
+
+
+def model_hash(model: TransformerBridge, samples: int = 256) -> str:
+    """A fingerprint of the weights that does not depend on the dtype they were loaded in.
+
+    Each parameter gives its shape and up to `samples` evenly spaced values rounded to bf16.
+    """
+    digests = []
+    for parameter in model.original_model.parameters():
+        flat = parameter.detach().flatten()
+        picked = flat[:: max(1, flat.numel() // samples)].to("cpu", torch.bfloat16).view(torch.int16)
+        head = f"{tuple(parameter.shape)}".encode()
+        digests.append(hashlib.sha256(head + picked.numpy().tobytes()).hexdigest())
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+
+
+def token_strings(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Each id as the text it stands for, spaces kept (`" Jedi"`, not `"ĠJedi"` or `"Jedi"`)."""
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    strings = []
+    for i, piece in zip(ids, pieces, strict=True):
+        string = tokenizer.decode([i], clean_up_tokenization_spaces=False)
+        # SentencePiece decoders swallow the space of a first token
+        opens = isinstance(piece, str) and piece.startswith("▁") and not string.startswith(" ")
+        strings.append(f" {string}" if opens else string)
+    return strings

@@ -1,0 +1,133 @@
+"""Every logged row goes to `metrics.jsonl`, always; Weights & Biases shows the same rows when it is on.
+
+W&B is a view of a run, never its record. It gets the resolved recipe (an allow-list by construction: nothing
+from the environment is in it), the rows, and the final SAE as an artifact of type `model`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from saekit.errors import InvalidInput
+from saekit.files import fsync
+
+ROWS = "metrics.jsonl"
+SAMPLES = "details/n_training_samples"  # the x-axis: resumed runs line up, whatever their step count
+MODES = ("online", "offline", "disabled")
+
+
+class WandbConfig(BaseModel):
+    """The `wandb` section of a recipe. The environment's `WANDB_MODE` has the last word on `mode`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Literal["online", "offline", "disabled"] = "disabled"
+    project: str = "saekit"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+    def resolved_mode(self) -> str:
+        mode = os.environ.get("WANDB_MODE") or self.mode
+        mode = {"off": "disabled", "dryrun": "offline", "run": "online"}.get(mode, mode)
+        if mode not in MODES:
+            raise InvalidInput(f"WANDB_MODE: {mode!r}; expected one of {', '.join(MODES)}")
+        return mode
+
+
+class Tracker:
+    """Writes rows for one run.
+
+    run: its folder. wandb_id: of the run to continue, from the checkpoint. step: rows beyond it are dropped,
+    because the steps that wrote them will be taken again.
+    """
+
+    def __init__(
+        self, run: Path, name: str, config: Mapping[str, Any], wandb: WandbConfig, *, wandb_id: str | None, step: int
+    ) -> None:
+        self._path = run / ROWS
+        _drop_rows_beyond(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._wandb = None
+        mode = wandb.resolved_mode()
+        if mode != "disabled":
+            self._wandb = _start_wandb(run, name, config, wandb, mode, wandb_id)
+        self.wandb_id: str | None = self._wandb.id if self._wandb else wandb_id
+
+    def log(self, row: Mapping[str, float | int]) -> None:
+        """One row; it carries `step` and the number of samples seen."""
+        self._file.write(json.dumps(dict(row)) + "\n")
+        self._file.flush()
+        if self._wandb:
+            self._wandb.log(dict(row))
+
+    def checkpointed(self) -> None:
+        """Make the rows as durable as the checkpoint just written."""
+        fsync(self._path)
+
+    def publish(self, folder: Path, name: str, metadata: Mapping[str, Any]) -> None:
+        """Send a folder as an artifact of type `model`."""
+        if self._wandb:
+            import wandb
+
+            artifact = wandb.Artifact(name.replace("/", "_"), type="model", metadata=dict(metadata))
+            artifact.add_dir(str(folder))
+            self._wandb.log_artifact(artifact)
+
+    def close(self, *, failed: bool = False) -> None:
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=int(failed))
+
+
+def _start_wandb(
+    run: Path, name: str, config: Mapping[str, Any], wandb_config: WandbConfig, mode: str, run_id: str | None
+) -> Any:
+    import wandb
+
+    started = wandb.init(
+        dir=str(run),
+        id=run_id,
+        resume="allow" if run_id and mode == "online" else None,
+        project=wandb_config.project,
+        entity=wandb_config.entity,
+        group=wandb_config.group,
+        tags=list(wandb_config.tags),
+        name=name,
+        config=dict(config),
+        mode=mode,
+        save_code=False,
+        settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),
+    )
+    started.define_metric(SAMPLES)
+    started.define_metric("*", step_metric=SAMPLES)
+    return started
+
+
+def _drop_rows_beyond(path: Path, step: int) -> None:
+    """Keep the rows of steps up to `step`; a row cut short by a kill goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row.get("step", 0) <= step:
+            kept.append(line)
+    replacement = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    replacement.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+    fsync(replacement)
+    replacement.replace(path)
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run, oldest first."""
+    return [json.loads(line) for line in (run / ROWS).read_text("utf-8").splitlines()]
