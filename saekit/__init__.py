@@ -39,7 +39,7 @@ _PLACES = {
     "SaekitError": "saekit.errors",
 }
 
-__all__ = [*_PLACES]  # noqa: PLE0604
+__all__ = [*_PLACES]
 __version__ = "0.1.0"
 
 

@@ -85,7 +85,9 @@ class Activations:
             ring, rows, filled_to = self._filled(ring, batches, filled_from)
             if rows == 0:
                 break
-            order = torch.from_numpy(np.random.default_rng([self.seed, fill]).permutation(rows)).to(ring.device)
+            order = torch.from_numpy(np.random.default_rng([self.seed, fill]).permutation(rows)).to(
+                ring.device
+            )
             if batch is not None and missing:
                 take = min(missing, rows)
                 batch[self.batch_size - missing : self.batch_size - missing + take] = ring[order[:take]]
@@ -130,9 +132,7 @@ class Activations:
             if ring is None:
                 ring = acts.new_empty(max(self._capacity, len(kept)), acts.shape[1])
             n = int(kept.sum())
-            torch.index_select(
-                acts, 0, kept.nonzero().squeeze(1).to(acts.device), out=ring[rows : rows + n]
-            )
+            torch.index_select(acts, 0, kept.nonzero().squeeze(1).to(acts.device), out=ring[rows : rows + n])
             rows += n
             filled_to = tokens.position
         if ring is None:

@@ -132,7 +132,9 @@ def _steering_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--kind", choices=KINDS, default="add")
     parser.add_argument("--unit", choices=UNITS["add"], default="raw")
-    parser.add_argument("--positions", type=_positions, default="all", help="all, prompt, generated, last_prompt or 0,3,5")
+    parser.add_argument(
+        "--positions", type=_positions, default="all", help="all, prompt, generated, last_prompt or 0,3,5"
+    )
     parser.add_argument("--max-new-tokens", type=_count, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
@@ -158,7 +160,9 @@ def _positions(text: str) -> Positions:
         return text  # type: ignore[return-value]
     if all(part.strip().isdigit() for part in text.split(",")):
         return [int(part) for part in text.split(",")]
-    raise argparse.ArgumentTypeError(f"{text!r} is not all, prompt, generated, last_prompt or positions such as 0,3,5")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not all, prompt, generated, last_prompt or positions such as 0,3,5"
+    )
 
 
 def _print_json(value: Any) -> None:
@@ -249,7 +253,10 @@ def _catalog_show(options: argparse.Namespace) -> None:
         return
     print(plain(feature.summary()))
     for context in feature.contexts[:10]:
-        out.print(f"{context.max_activation:9.3g}  ", coloured(context.tokens, context.activations, feature.max_activation))
+        out.print(
+            f"{context.max_activation:9.3g}  ",
+            coloured(context.tokens, context.activations, feature.max_activation),
+        )
 
 
 def _record(feature: Any) -> dict[str, Any]:
@@ -258,10 +265,10 @@ def _record(feature: Any) -> dict[str, Any]:
         "density": feature.density,
         "max_activation": feature.max_activation,
         "explanation": feature.explanation,
-        "top_tokens": [t._asdict() for t in feature.top_tokens],
-        "logits_top": [t._asdict() for t in feature.logits_top],
-        "logits_bottom": [t._asdict() for t in feature.logits_bottom],
-        "neighbours": [n._asdict() for n in feature.neighbours],
+        "top_tokens": [asdict(t) for t in feature.top_tokens],
+        "logits_top": [asdict(t) for t in feature.logits_top],
+        "logits_bottom": [asdict(t) for t in feature.logits_bottom],
+        "neighbours": [asdict(n) for n in feature.neighbours],
         "contexts": [asdict(context) for context in feature.contexts],
     }
 
@@ -274,13 +281,24 @@ def _catalog_search(options: argparse.Namespace) -> None:
     if options.json:
         _print_json(
             [
-                {"feature": f.index, "explanation": f.explanation, "density": f.density, "max_activation": f.max_activation}
+                {
+                    "feature": f.index,
+                    "explanation": f.explanation,
+                    "density": f.density,
+                    "max_activation": f.max_activation,
+                }
                 for f in hits
             ]
         )
         return
     rows = [
-        (f.index, f.explanation or "", f"{f.density:.3%}", f"{f.max_activation:.3g}", ", ".join(repr(t.token) for t in f.logits_top[:4]))
+        (
+            f.index,
+            f.explanation or "",
+            f"{f.density:.3%}",
+            f"{f.max_activation:.3g}",
+            ", ".join(repr(t.token) for t in f.logits_top[:4]),
+        )
         for f in hits
     ]
     out.print(table(["feature", "fires on", "density", "max", "raises"], rows) if rows else "nothing found")
@@ -312,7 +330,14 @@ def _steer(options: argparse.Namespace) -> None:
     )  # fmt: skip
     if options.json:
         _print_json(
-            {"prompt": side.prompt, "edit": str(edit), "plain": side.plain, "steered": side.steered, "kl": side.kl, "top_tokens": side.top_tokens}
+            {
+                "prompt": side.prompt,
+                "edit": str(edit),
+                "plain": side.plain,
+                "steered": side.steered,
+                "kl": side.kl,
+                "top_tokens": side.top_tokens,
+            }
         )
     else:
         print(plain(str(side)))
@@ -336,7 +361,14 @@ def _sweep(options: argparse.Namespace) -> None:
         table(
             columns,
             [
-                (f"{r.strength:g}", f"{r.kl:.2f}", f"{r.perplexity:.0f}", r.text, f"{r.control_kl:.2f}", f"{r.control_perplexity:.0f}")
+                (
+                    f"{r.strength:g}",
+                    f"{r.kl:.2f}",
+                    f"{r.perplexity:.0f}",
+                    r.text,
+                    f"{r.control_kl:.2f}",
+                    f"{r.control_perplexity:.0f}",
+                )
                 for r in rows
             ],
         )

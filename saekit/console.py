@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +11,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+WIDTH = 120  # where there is no terminal to ask
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH)
+
+
+out = _console(stderr=False)
+err = _console(stderr=True)
 
 
 def plain(text: str) -> str:
@@ -64,7 +71,11 @@ class RunReporter:
 def _figures(figures: dict[str, float]) -> str:
     parts = [f"loss {figures['loss']:.4g}"]
     if "l0" in figures:
-        parts += [f"L0 {figures['l0']:.1f}", f"EV {figures['explained_variance']:.3f}", f"dead {figures['dead']:.1%}"]
+        parts += [
+            f"L0 {figures['l0']:.1f}",
+            f"EV {figures['explained_variance']:.3f}",
+            f"dead {figures['dead']:.1%}",
+        ]
     return "  ".join([*parts, f"{figures['tokens_per_second']:,.0f} tok/s"])
 
 
@@ -100,7 +111,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
 
 
 def _is_number(cell: object) -> bool:
-    return str(cell).replace(".", "").replace("%", "").replace("-", "").replace(",", "").replace("e", "").isdigit()
+    return (
+        str(cell)
+        .replace(".", "")
+        .replace("%", "")
+        .replace("-", "")
+        .replace(",", "")
+        .replace("e", "")
+        .isdigit()
+    )
 
 
 def coloured(tokens: Sequence[str], activations: Sequence[float], top: float) -> Text:
@@ -111,7 +130,3 @@ def coloured(tokens: Sequence[str], activations: Sequence[float], top: float) ->
         style = f"black on rgb(255,{int(220 - 120 * share)},{int(160 - 140 * share)})" if share > 0 else ""
         text.append(plain(token).replace("\n", "↵"), style=style)
     return text
-
-
-def stderr_line(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

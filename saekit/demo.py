@@ -33,12 +33,57 @@ T = TypeVar("T")
 
 PROMPT = "Mike pulls out his"
 QUERIES = ("Jedi", "lightsaber")
-STAR_WARS = (
-    "lightsaber lightsabers blaster Jedi Sith Padawan Padawans droid droids starfighter starship Star Clone Republic "
-    "Empire Imperial Galactic Rebel Alliance Wookiee Skywalker Luke Leia Vader Darth Anakin Obi Kenobi Yoda Palpatine "
-    "Ahsoka Tano Mandalorian stormtrooper stormtroopers Force Knight Master Temple Order Confederacy Separatist hyperspace"
-).split()
-STRENGTHS = (0.25, 0.5, 0.75, 1.0)  # of the median residual norm: about half of it is where steering works best
+STAR_WARS = [
+    "lightsaber",
+    "lightsabers",
+    "blaster",
+    "Jedi",
+    "Sith",
+    "Padawan",
+    "Padawans",
+    "droid",
+    "droids",
+    "starfighter",
+    "starship",
+    "Star",
+    "Clone",
+    "Republic",
+    "Empire",
+    "Imperial",
+    "Galactic",
+    "Rebel",
+    "Alliance",
+    "Wookiee",
+    "Skywalker",
+    "Luke",
+    "Leia",
+    "Vader",
+    "Darth",
+    "Anakin",
+    "Obi",
+    "Kenobi",
+    "Yoda",
+    "Palpatine",
+    "Ahsoka",
+    "Tano",
+    "Mandalorian",
+    "stormtrooper",
+    "stormtroopers",
+    "Force",
+    "Knight",
+    "Master",
+    "Temple",
+    "Order",
+    "Confederacy",
+    "Separatist",
+    "hyperspace",
+]
+STRENGTHS = (
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+)  # of the median residual norm: about half of it is where steering works best
 CATALOG_TOKENS = 400_000
 SAMPLES, NEW_TOKENS = 8, 24
 
@@ -48,7 +93,9 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     say: Callable[..., None] = (lambda *_: None) if quiet else out.print
     times: dict[str, float] = {}
     model = _timed(times, "load", lambda: load_model(embedded.NAME))
-    say(f"[bold]1. The model[/]  {embedded.NAME}: {model.cfg.n_layers} blocks of width {model.cfg.d_model}, {model.cfg.dtype}")
+    say(
+        f"[bold]1. The model[/]  {embedded.NAME}: {model.cfg.n_layers} blocks of width {model.cfg.d_model}, {model.cfg.dtype}"
+    )
     say(Text(f"   {PROMPT!r} → {_greedy(model)!r}"))
 
     run = out_folder / "demo"
@@ -76,22 +123,31 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         ),
     )  # fmt: skip
     page = _timed(times, "page", lambda: catalog.page(run / "page"))
-    say(f"   {int((catalog.density > 0).sum()):,} of {len(catalog):,} features fired on {catalog.info['corpus']['tokens']:,} tokens")
+    say(
+        f"   {int((catalog.density > 0).sum()):,} of {len(catalog):,} features fired on {catalog.info['corpus']['tokens']:,} tokens"
+    )
 
     say(f"[bold]4. Search[/]  {' · '.join(QUERIES)}")
     hits = list({f.index: f for query in QUERIES for f in catalog.search(query, 6)}.values())
-    rows = [(f.index, f.explanation, f"{f.density:.2%}", ", ".join(t.token for t in f.logits_top[:5])) for f in hits]
+    rows = [
+        (f.index, f.explanation, f"{f.density:.2%}", ", ".join(t.token for t in f.logits_top[:5]))
+        for f in hits
+    ]
     say(table(["feature", "fires on", "density", "raises"], rows))
 
     start = time.perf_counter()
     ids = _star_wars_ids(model)
     plain_p = _probability(model, None, ids)
     feature, strength = _choose(model, hits, ids, plain_p)
-    say(f"[bold]5. The Jedi feature[/]  {feature.index}, the hit that moves the next token most towards Star Wars")
+    say(
+        f"[bold]5. The Jedi feature[/]  {feature.index}, the hit that moves the next token most towards Star Wars"
+    )
     for context in feature.contexts[:4]:
         say("   ", coloured(context.tokens, context.activations, feature.max_activation))
 
-    say("[bold]6. Steer[/]  add it at a share of the residual norm; a random direction of the same norm beside it")
+    say(
+        "[bold]6. Steer[/]  add it at a share of the residual norm; a random direction of the same norm beside it"
+    )
     result_rows = [_measure(model, feature, s, ids) for s in (0.0, *STRENGTHS)]
     say(table(["strength", "P(Star Wars)", "texts with", "perplexity", "random P", "random texts", "random ppl"],
               [_row(r) for r in result_rows]))  # fmt: skip
@@ -107,7 +163,9 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
 
     say("[bold]Times[/]  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items()))
     say(f"   page: {page / 'index.html'}#{feature.index}")
-    say(f"   try:  saekit steer {catalog.path} {feature.index} --prompt {PROMPT!r} --unit norm --strength {strength}")
+    say(
+        f"   try:  saekit steer {catalog.path} {feature.index} --prompt {PROMPT!r} --unit norm --strength {strength}"
+    )
     return {
         "metrics": m, "hits": [f.index for f in hits], "feature": feature.index, "strength": strength,
         "sweep": result_rows, "identical_at_zero": identical, "seconds": times, "page": str(page), "catalog": str(catalog.path),
@@ -145,12 +203,17 @@ def _choose(
     strongest = {f.index: _probability(model, f.add(STRENGTHS[-1], unit="norm"), ids) for f in hits}
     feature = max(hits, key=lambda f: strongest[f.index])
     for strength in STRENGTHS:
-        if _probability(model, feature.add(strength, unit="norm"), ids) - plain_p >= (strongest[feature.index] - plain_p) / 2:
+        if (
+            _probability(model, feature.add(strength, unit="norm"), ids) - plain_p
+            >= (strongest[feature.index] - plain_p) / 2
+        ):
             return feature, strength
     return feature, STRENGTHS[-1]
 
 
-def _measure(model: TransformerBridge, feature: Feature, strength: float, ids: torch.Tensor) -> dict[str, Any]:
+def _measure(
+    model: TransformerBridge, feature: Feature, strength: float, ids: torch.Tensor
+) -> dict[str, Any]:
     edit = feature.add(strength, unit="norm")
     control = control_of(edit)
     found: dict[str, Any] = {"strength": strength}

@@ -96,9 +96,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise InvalidInput(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
     path.chmod(0o644)  # safetensors leaves 0600, which a shared folder cannot use
 

@@ -124,12 +124,22 @@ class LanguageModelRecipe(Section):
 
     name: Name
     language_model: LanguageModelSection
-    dtype: Literal["float32", "bfloat16"] | None = None  # of matrix products; None: measured. Weights are float32
+    dtype: Literal["float32", "bfloat16"] | None = (
+        None  # of matrix products; None: measured. Weights: float32
+    )
     device: str | None = None
     data: LanguageModelData
     training: LanguageModelTraining
     wandb: WandbConfig = WandbConfig()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.batch_size * self.data.context_size
+
+    @property
+    def steps(self) -> int:
+        return max(1, self.training.tokens // self.tokens_per_step)
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | LanguageModelRecipe:
@@ -141,7 +151,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Lan
     if path.is_dir() or path.stat().st_size > MAX_RECIPE_BYTES:
         raise InvalidInput(f"recipe {path}: expected a YAML file of at most {MAX_RECIPE_BYTES:,} bytes")
     try:
-        raw = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+        raw = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise InvalidInput(f"recipe {path}: not valid YAML ({error})") from error
     if not isinstance(raw, dict):
@@ -159,17 +169,25 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe | Languag
     except ValidationError as error:
         lines = [_mistake(kind, item) for item in error.errors()]
         count = f"{len(lines)} mistakes" if len(lines) > 1 else "1 mistake"
-        raise InvalidInput("\n".join([f"recipe {where}: {count}", *(f"  {line}" for line in lines)])) from None
+        raise InvalidInput(
+            "\n".join([f"recipe {where}: {count}", *(f"  {line}" for line in lines)])
+        ) from None
 
 
 def write_recipe(path: Path, recipe: Recipe | LanguageModelRecipe) -> None:
     """The recipe with every default spelled out."""
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8")
+    path.write_text(
+        yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8"
+    )
 
 
 def _mistake(kind: type[BaseModel], item: Any) -> str:
     # pydantic puts the chosen architecture after `sae` in the path; the file has no such key
-    loc = [part for i, part in enumerate(item["loc"]) if not (i == 1 and item["loc"][0] == "sae" and part in SAES)]
+    loc = [
+        part
+        for i, part in enumerate(item["loc"])
+        if not (i == 1 and item["loc"][0] == "sae" and part in SAES)
+    ]
     path = ".".join(str(part) for part in loc)
     if item["type"] == "extra_forbidden":
         hint = near(str(loc[-1]), _fields_at(kind, item["loc"][:-1]))
@@ -200,7 +218,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
         if not isinstance(place, dict):
             raise InvalidInput(f"override {text!r}: {parent!r} holds a value, not a section")
     try:
-        place[last] = yaml.load(value, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+        place[last] = yaml.load(value, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise InvalidInput(f"override {text!r}: {value!r} is not a YAML value") from error
 

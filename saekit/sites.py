@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 Edit = Callable[[Tensor], Tensor]  # [N, T, D] → [N, T, D]
+RESIDUAL = (
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_mlp_out",
+    "hook_attn_out",
+)  # of width d_model
 
 
 class _Reached(Exception):
@@ -44,7 +51,9 @@ def check_site(model: TransformerBridge, site: str) -> str:
 
 
 def site_width(model: TransformerBridge, site: str) -> int:
-    """D at the site, from a one-token forward. Raises `UnknownName` for a site that never fires."""
+    """D at the site. Raises `UnknownName` for a site that is not there or never fires."""
+    if check_site(model, site).endswith(RESIDUAL):
+        return int(model.cfg.d_model)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.cfg.device)
     return capture(model, [site], token)[site].shape[-1]
 

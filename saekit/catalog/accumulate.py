@@ -8,7 +8,7 @@ S d_sae, n contexts kept per latent, W window, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,7 @@ class TokenTable:
         self._V = vocabulary
         self._keys: list[Ints] = []
         self._counts: list[Ints] = []
-        self._sums: list[NDArray[np.float64]] = []
+        self._sums: list[NDArray[Any]] = []
         self._pending = 0
 
     def add(self, firings: Firings) -> None:
@@ -117,7 +117,9 @@ class TopContexts:
 
     def __init__(self, d_sae: int, n: int, window: int) -> None:
         self.n, self.window = n, window
-        self.before = window * 5 // 8  # tokens kept before the peak: what led to it says more than what follows
+        self.before = (
+            window * 5 // 8
+        )  # tokens kept before the peak: what led to it says more than what follows
         self.value = np.zeros((d_sae, n), np.float32)  # 0: no context yet
         self.document = np.full((d_sae, n), -1, np.int64)
         self.row = np.full((d_sae, n), -1, np.int64)

@@ -1,7 +1,7 @@
 """Tokens + model + SAE → a catalog folder, in one pass over the text.
 
-    contexts ──forward to the site──▶ x ──encode──▶ non-zero activations ──▶ accumulators ──▶ tables
-                                                                 weights ──▶ logit effects, neighbours ──▶
+contexts ──forward to the site──▶ x ──encode──▶ non-zero activations ──▶ accumulators ──▶ tables
+                                                             weights ──▶ logit effects, neighbours ──▶
 """
 
 from __future__ import annotations
@@ -244,7 +244,9 @@ class _Survey:
             "corpus",
             {
                 "row": np.repeat(np.arange(len(rows)), lengths),
-                "position": np.concatenate([np.arange(n) for n in lengths]) if rows else np.zeros(0, np.int16),
+                "position": np.concatenate([np.arange(n) for n in lengths])
+                if rows
+                else np.zeros(0, np.int16),
                 "token_id": np.concatenate(rows) if rows else np.zeros(0, np.int32),
             },
         )
@@ -303,7 +305,13 @@ def _ranked(d_sae: int, **columns: np.ndarray) -> dict[str, Any]:
 def _logit_columns(effects: tuple[Tensor, ...] | None, d_sae: int) -> dict[str, Any]:
     if effects is None:
         empty = np.zeros(0, np.int32)
-        return {"feature": empty, "rank": empty, "raised": np.zeros(0, bool), "token_id": empty, "effect": empty}
+        return {
+            "feature": empty,
+            "rank": empty,
+            "raised": np.zeros(0, bool),
+            "token_id": empty,
+            "effect": empty,
+        }
     up_ids, up, down_ids, down = (part.numpy() for part in effects)
     k = up.shape[1]
     return {
@@ -319,7 +327,9 @@ def _labels(tokens: dict[str, Any], d_sae: int, n: int = 3) -> list[list[int]]:
     """Per latent, the ids of the tokens that carry most of its activation."""
     order = np.lexsort((-tokens["share"], tokens["feature"]))
     labels: list[list[int]] = [[] for _ in range(d_sae)]
-    for latent, token in zip(tokens["feature"][order].tolist(), tokens["token_id"][order].tolist(), strict=True):
+    for latent, token in zip(
+        tokens["feature"][order].tolist(), tokens["token_id"][order].tolist(), strict=True
+    ):
         if len(labels[latent]) < n:
             labels[latent].append(token)
     return labels

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saekit.sites import RESIDUAL
+
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 AT_ONCE = 2**26  # float32 values of an intermediate result, 256 MiB
-RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
 
 
 def logit_effects(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from saekit.steering.edits import Edit, Unit
+from saekit.steering.edits import Edit
+from saekit.steering.kinds import Kind, Unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from saekit.catalog.store import Catalog
 
 
-class TokenStat(NamedTuple):
+@dataclass(frozen=True)
+class TokenStat:
     """A token that the feature fires on."""
 
     token: str
@@ -25,21 +27,24 @@ class TokenStat(NamedTuple):
     share: float  # of the feature's summed activation
 
 
-class TokenEffect(NamedTuple):
+@dataclass(frozen=True)
+class TokenEffect:
     """A token whose logit the feature's direction moves."""
 
     token: str
     effect: float
 
 
-class Neighbour(NamedTuple):
+@dataclass(frozen=True)
+class Neighbour:
     """A feature whose decoder row is near."""
 
     feature: int
     cosine: float
 
 
-class Bin(NamedTuple):
+@dataclass(frozen=True)
+class Bin:
     """One bar of the activation histogram: activations in [low, high)."""
 
     low: float
@@ -92,7 +97,9 @@ class Feature:
         """Tokens by mean activation where it fires on them, at least two occurrences."""
         rows, name = self.catalog._rows("tokens", self.index), self.catalog.token
         columns = (rows["token_id"], rows["mean_activation"], rows["count"], rows["share"])
-        return [TokenStat(name(int(i)), float(m), int(n), float(s)) for i, m, n, s in zip(*columns, strict=True)]
+        return [
+            TokenStat(name(int(i)), float(m), int(n), float(s)) for i, m, n, s in zip(*columns, strict=True)
+        ]
 
     @cached_property
     def logits_top(self) -> list[TokenEffect]:
@@ -116,7 +123,10 @@ class Feature:
     def histogram(self) -> list[Bin]:
         """Log-spaced counts of its activations."""
         rows = self.catalog._rows("histograms", self.index)
-        return [Bin(float(a), float(b), int(n)) for a, b, n in zip(rows["low"], rows["high"], rows["count"], strict=True)]
+        return [
+            Bin(float(a), float(b), int(n))
+            for a, b, n in zip(rows["low"], rows["high"], rows["count"], strict=True)
+        ]
 
     @cached_property
     def neighbours(self) -> list[Neighbour]:
@@ -128,7 +138,10 @@ class Feature:
     def explanation(self) -> str | None:
         """What it means, by the best-scored explanation; its three strongest tokens where nobody said more."""
         rows = self.catalog._rows("explanations", self.index)
-        best = sorted(range(len(rows["text"])), key=lambda i: -(rows["score"][i] if rows["score"][i] == rows["score"][i] else -1))
+        best = sorted(
+            range(len(rows["text"])),
+            key=lambda i: -(rows["score"][i] if rows["score"][i] == rows["score"][i] else -1),
+        )
         return rows["text"][best[0]] if best else None
 
     # Edits
@@ -149,7 +162,7 @@ class Feature:
         """Multiply the feature's activation by `factor`."""
         return self._edit("scale", factor, "raw")
 
-    def _edit(self, kind: Any, strength: float, unit: Unit) -> Edit:
+    def _edit(self, kind: Kind, strength: float, unit: Unit) -> Edit:
         catalog = self.catalog
         return Edit(
             kind,
@@ -175,7 +188,8 @@ class Feature:
         lines = [
             f"feature {self.index}: {self.explanation or 'never fired'}",
             f"  fires on {self.density:.3%} of tokens, max {self.max_activation:.3g}",
-            "  tokens   " + ", ".join(f"{t.token!r} {t.mean_activation:.3g} (×{t.count})" for t in self.top_tokens[:6]),
+            "  tokens   "
+            + ", ".join(f"{t.token!r} {t.mean_activation:.3g} (×{t.count})" for t in self.top_tokens[:6]),
             "  raises   " + ", ".join(repr(t.token) for t in self.logits_top[:8]),
             "  lowers   " + ", ".join(repr(t.token) for t in self.logits_bottom[:8]),
             "  near     " + ", ".join(f"{n.feature} ({n.cosine:.2f})" for n in self.neighbours[:5]),

@@ -20,11 +20,17 @@ def feature_figure(feature: Feature, tokens: int = 8) -> Figure:
 
     bins = feature.histogram
     histogram.bar(
-        [b.low for b in bins], [b.count for b in bins], [b.high - b.low for b in bins], align="edge", color="#4878a8"
+        [b.low for b in bins],
+        [b.count for b in bins],
+        [b.high - b.low for b in bins],
+        align="edge",
+        color="#4878a8",
     )
     if bins:
         histogram.set_xscale("log")
-    histogram.set(title=f"activations ({feature.density:.2%} of tokens)", xlabel="activation", ylabel="tokens")
+    histogram.set(
+        title=f"activations ({feature.density:.2%} of tokens)", xlabel="activation", ylabel="tokens"
+    )
 
     _bars(strongest, [(repr(t.token), t.mean_activation) for t in feature.top_tokens[:tokens]], "#c87838")
     strongest.set(title="mean activation on token")

@@ -1,8 +1,8 @@
 """Search over a catalog: words against top tokens, raised logits and explanations, in SQLite's FTS5, in memory.
 
 A feature's score adds up
-    2 × the share of its activation that falls on matching tokens,
-    1 / (1 + rank) of the best matching token among those its direction raises,
+    the share of its activation that falls on matching tokens,
+    ¼ / (1 + rank) of the best matching token among those its direction raises,
     1 where an explanation matches,
 so that a feature which fires on hardly anything but " Jedi" comes before one that merely mentions it.
 """
@@ -32,7 +32,9 @@ class Index:
             """
         )
         vocabulary = catalog.table("vocabulary")
-        self._insert("words(rowid, token)", vocabulary["token_id"].to_pylist(), vocabulary["token"].to_pylist())
+        self._insert(
+            "words(rowid, token)", vocabulary["token_id"].to_pylist(), vocabulary["token"].to_pylist()
+        )
         explanations = catalog.table("explanations")
         # A label made of the top tokens says nothing that the tokens do not: it would count them twice.
         said = [
@@ -75,11 +77,13 @@ class Index:
             best_rank: dict[int, float] = {}
             for (token,) in matching.fetchall():
                 for feature, share in self._tokens.get(token, ()):
-                    scores[feature] += 2 * share
+                    scores[feature] += share
                 for feature, rank in self._logits.get(token, ()):
                     best_rank[feature] = min(rank, best_rank.get(feature, rank))
             for feature, rank in best_rank.items():
-                scores[feature] += 1 / (1 + rank)
-            for (feature,) in self._db.execute("SELECT feature FROM sayings WHERE sayings MATCH ?", (f'"{word}"*',)):
+                scores[feature] += 0.25 / (1 + rank)
+            for (feature,) in self._db.execute(
+                "SELECT feature FROM sayings WHERE sayings MATCH ?", (f'"{word}"*',)
+            ):
                 scores[feature] += 1
         return sorted(scores, key=lambda feature: (-scores[feature], feature))[:limit]

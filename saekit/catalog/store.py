@@ -44,14 +44,20 @@ class Catalog:
             raise InvalidInput(f"{path / CATALOG}: field {error} is missing or wrong") from error
         self._features = {
             name: column.to_numpy() if column.type != pa.string() else column.to_pylist()
-            for name, column in zip(SCHEMAS["features"].names, read_table(path, "features").columns, strict=True)
+            for name, column in zip(
+                SCHEMAS["features"].names, read_table(path, "features").columns, strict=True
+            )
         }
         if len(self._features["feature"]) != self.d_sae:
-            raise InvalidInput(f"{path}/features.parquet: {len(self._features['feature'])} rows for {self.d_sae} latents")
+            raise InvalidInput(
+                f"{path}/features.parquet: {len(self._features['feature'])} rows for {self.d_sae} latents"
+            )
         self._tables: dict[str, ByFeature] = {}
 
     @classmethod
-    def build(cls, model: TransformerBridge, sae: SAE, tokens: Any, folder: str | Path, **options: Any) -> Catalog:
+    def build(
+        cls, model: TransformerBridge, sae: SAE, tokens: Any, folder: str | Path, **options: Any
+    ) -> Catalog:
         """Build a catalog in one pass over the tokens; options as in `catalog.build.build`."""
         from saekit.catalog.build import build
 
@@ -66,7 +72,12 @@ class Catalog:
         folder = Path(source)
         if str(source) == embedded.NAME and not folder.is_dir():
             folder = embedded.folder("catalog")
-        elif not folder.exists() and isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~":
+        elif (
+            not folder.exists()
+            and isinstance(source, str)
+            and source.count("/") == 1
+            and source[0] not in "./~"
+        ):
             from saekit.catalog.publish import fetch
 
             folder = fetch(source)
@@ -83,7 +94,11 @@ class Catalog:
 
     def __getitem__(self, index: int) -> Feature:
         """The record of a feature. Raises `UnknownFeature` (a `KeyError` and an `IndexError`)."""
-        if isinstance(index, (bool, float, str)) or not isinstance(index, (int, np.integer)) or not 0 <= index < self.d_sae:
+        if (
+            isinstance(index, (bool, float, str))
+            or not isinstance(index, (int, np.integer))
+            or not 0 <= index < self.d_sae
+        ):
             raise UnknownFeature(f"feature {index!r}: this catalog has features 0 … {self.d_sae - 1}")
         i = int(index)
         columns = self._features
@@ -161,9 +176,13 @@ class Catalog:
         self.sae.check_fits(model)
         described = self.info["model"]
         if described["tokenizer_hash"] != tokenizer_hash(model.tokenizer):
-            raise InvalidInput(f"catalog {self.path}: {model.cfg.model_name} has another tokenizer than {self.model_name}")
+            raise InvalidInput(
+                f"catalog {self.path}: {model.cfg.model_name} has another tokenizer than {self.model_name}"
+            )
         if described["hash"] != model_hash(model):
-            raise InvalidInput(f"catalog {self.path}: the weights of {model.cfg.model_name} are not those of {self.model_name}")
+            raise InvalidInput(
+                f"catalog {self.path}: the weights of {model.cfg.model_name} are not those of {self.model_name}"
+            )
 
     # Rows of one feature, for `Feature`
 

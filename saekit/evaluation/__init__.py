@@ -1,5 +1,5 @@
 """How well an SAE reconstructs activations, and how faithful the model stays to itself with it spliced in."""
 
-from saekit.evaluation.evaluate import evaluate
+from saekit.evaluation.measure import evaluate
 
 __all__ = ["evaluate"]

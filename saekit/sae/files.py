@@ -16,7 +16,15 @@ from torch import Tensor
 
 from saekit import embedded
 from saekit.errors import FileMissing, InvalidInput, UnknownName, near
-from saekit.files import existing, read_json, read_tensors, sha256_of_tensor, staged, write_json, write_tensors
+from saekit.files import (
+    existing,
+    read_json,
+    read_tensors,
+    sha256_of_tensor,
+    staged,
+    write_json,
+    write_tensors,
+)
 from saekit.sae.model import ARCHITECTURES, SAE, SAEConfig
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -83,9 +91,13 @@ def load_folder(folder: Path) -> SAE:
     tensors = read_tensors(existing(path, "SAE weights"))
     sums = config.metadata.pop("sha256", None)
     if isinstance(sums, dict):
-        changed = [name for name, tensor in tensors.items() if sums.get(name) not in (None, sha256_of_tensor(tensor))]
+        changed = [
+            name for name, tensor in tensors.items() if sums.get(name) not in (None, sha256_of_tensor(tensor))
+        ]
         if changed:
-            raise InvalidInput(f"{path}: {', '.join(changed)} differ from the SHA-256 in {CFG}; the file is damaged")
+            raise InvalidInput(
+                f"{path}: {', '.join(changed)} differ from the SHA-256 in {CFG}; the file is damaged"
+            )
     return assemble(config, tensors, str(path))
 
 
@@ -93,7 +105,9 @@ def from_cfg(cfg: dict[str, Any], where: str) -> SAEConfig:
     """The configuration in a `cfg.json`. Raises `InvalidInput` for what is not understood."""
     metadata = cfg.get("metadata")
     if not isinstance(metadata, dict):
-        raise InvalidInput(f"{where}: no metadata; it was written before SAELens 6, load and save it with sae_lens")
+        raise InvalidInput(
+            f"{where}: no metadata; it was written before SAELens 6, load and save it with sae_lens"
+        )
     if missing := [key for key in ("architecture", "d_in", "d_sae") if key not in cfg]:
         raise InvalidInput(f"{where}: missing {', '.join(missing)}")
     normalize = cfg.get("normalize_activations", "none")
@@ -148,7 +162,9 @@ def load_published(release: str, site: str) -> SAE:
     if release in directory:
         if site not in directory[release].saes_map:
             known = list(directory[release].saes_map)
-            raise UnknownName(f"release {release!r} has no SAE {site!r}. {near(site, known) or f'It has {known[:5]} …'}")
+            raise UnknownName(
+                f"release {release!r} has no SAE {site!r}. {near(site, known) or f'It has {known[:5]} …'}"
+            )
     elif "/" not in release:
         raise UnknownName(
             f"{release!r} is neither a folder with {CFG} nor a published release. {near(release, directory)}".rstrip()
@@ -165,6 +181,8 @@ def load_published(release: str, site: str) -> SAE:
     where = f"{release}/{site}"
     cfg = published.cfg.to_dict()
     if cfg["architecture"] not in ARCHITECTURES:
-        raise InvalidInput(f"{where}: architecture {cfg['architecture']!r} is not one of {', '.join(ARCHITECTURES)}")
+        raise InvalidInput(
+            f"{where}: architecture {cfg['architecture']!r} is not one of {', '.join(ARCHITECTURES)}"
+        )
     cfg["metadata"] = {key: value for key, value in cfg["metadata"].items() if value is not None}
     return assemble(from_cfg(cfg, where), dict(published.state_dict()), where)

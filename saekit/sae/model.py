@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 Architecture = Literal["standard", "topk"]
 ARCHITECTURES: tuple[Architecture, ...] = ("standard", "topk")
 MAX_WIDTH = 2**31
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+FLOATS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,12 @@ class SAE(nn.Module):
         """
         metadata = {"hook_name": site, "model_name": model}
         config = SAEConfig(
-            architecture, d_in, d_sae, k, dtype=dtype, metadata={k: v for k, v in metadata.items() if v is not None}
+            architecture,
+            d_in,
+            d_sae,
+            k,
+            dtype=dtype,
+            metadata={k: v for k, v in metadata.items() if v is not None},
         )
         sae = cls(config)
         rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
@@ -127,13 +137,13 @@ class SAE(nn.Module):
         """Load from a folder in the SAELens layout, or a published release by way of `sae_lens`.
 
         source: a folder, `"tiny"` (embedded), a release name or a hub repository. site: the SAE in a release, or
-        the sub-folder.
+        the sub-folder. The loaded SAE is frozen, for use; `Trainer` thaws what it trains.
 
         Raises `FileMissing`, `UnknownName` for a release or site nobody knows, `InvalidInput` for broken files.
         """
         from saekit.sae.files import load
 
-        return load(source, site).to(device)
+        return load(source, site).to(device).requires_grad_(False)
 
     def save(self, folder: str | Path) -> Path:
         """Write `cfg.json` and `sae_weights.safetensors` (SAELens layout), whole or not at all."""
@@ -162,7 +172,9 @@ class SAE(nn.Module):
         """The TransformerLens name of the site it reads, e.g. `blocks.2.hook_resid_pre`."""
         site = self.config.metadata.get("hook_name")
         if site is None:
-            raise InvalidInput("this SAE does not say which site it reads: SAE.new(…, site='blocks.2.hook_resid_pre')")
+            raise InvalidInput(
+                "this SAE does not say which site it reads: SAE.new(…, site='blocks.2.hook_resid_pre')"
+            )
         return site
 
     @property

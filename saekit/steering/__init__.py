@@ -1,4 +1,4 @@
 """Steering: directions, the edits made from them, and generation with edits on.
 
-    directions · kinds ─▶ edits ─▶ positions ─▶ steer ─▶ compare ─▶ sweep
+directions · kinds ─▶ edits ─▶ positions ─▶ steer ─▶ compare ─▶ sweep
 """

@@ -37,7 +37,9 @@ class Comparison:
     def __str__(self) -> str:
         moved = "\n".join(f"  {token!r:<16} {a:7.2%} → {b:7.2%}" for token, a, b in self.top_tokens)
         edits = "; ".join(str(edit) for edit in self.edits)
-        return f"plain    {self.plain!r}\nsteered  {self.steered!r}\n  {edits}, KL {self.kl:.2f} nats\n{moved}"
+        return (
+            f"plain    {self.plain!r}\nsteered  {self.steered!r}\n  {edits}, KL {self.kl:.2f} nats\n{moved}"
+        )
 
 
 def compare(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from saekit.errors import InvalidInput
 from saekit.sites import capture
-from saekit.steering.edits import Edit, Unit
+from saekit.steering.edits import Edit
+from saekit.steering.kinds import Unit
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -26,6 +26,7 @@ from saekit.steering.kinds import KINDS, UNITS, Kind, Unit
 if TYPE_CHECKING:
     from saekit.sae import SAE
 
+
 @dataclass(frozen=True, eq=False)
 class Edit:
     """One intervention. Made by `Feature` and `Direction`; given to `steer` and `compare`."""
@@ -48,9 +49,13 @@ class Edit:
             raise InvalidInput(f"unit: {self.kind} takes {' or '.join(UNITS[self.kind])}, not {self.unit!r}")
         finite_number(self.strength, "strength")
         if self.needs_activation and (self.sae is None or self.latent is None):
-            raise InvalidInput(f"{self.kind} needs a feature of an SAE; a bare direction has no activation, use add")
+            raise InvalidInput(
+                f"{self.kind} needs a feature of an SAE; a bare direction has no activation, use add"
+            )
         if self.unit == "max" and not self.max_activation:
-            raise InvalidInput(f"{self.label}: no maximum activation is known (it never fired), use unit='raw'")
+            raise InvalidInput(
+                f"{self.label}: no maximum activation is known (it never fired), use unit='raw'"
+            )
 
     @property
     def needs_activation(self) -> bool:
@@ -82,5 +87,9 @@ class Edit:
         return self.strength
 
     def __str__(self) -> str:
-        strength = "" if self.kind == "ablate" else f" {self.strength:g}" + ("" if self.unit == "raw" else f" × {self.unit}")
+        strength = (
+            ""
+            if self.kind == "ablate"
+            else f" {self.strength:g}" + ("" if self.unit == "raw" else f" × {self.unit}")
+        )
         return f"{self.kind}{strength} {self.label} at {self.site}"

@@ -34,7 +34,9 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str
             sums = {name: sha256_of_file(building / name) for name in (TENSORS, STATE)}
             write_json(building / MANIFEST, sums)
     except OSError as error:
-        raise InvalidInput(f"checkpoint {folder}: could not be written ({error}); earlier ones are whole") from error
+        raise InvalidInput(
+            f"checkpoint {folder}: could not be written ({error}); earlier ones are whole"
+        ) from error
     for old in _folders(run)[:-keep]:
         shutil.rmtree(old)
     return folder

@@ -46,7 +46,9 @@ class TrainingConfig(BaseModel):
     adam_eps: Positive = 6.25e-10  # Gao 2024, appendix A
     clip_grad_norm: Positive | None = 1.0
 
-    normalize: Literal["expected_norm", "none"] = "expected_norm"  # scale so that E‖x‖ = √d_in; folded on export
+    normalize: Literal["expected_norm", "none"] = (
+        "expected_norm"  # scale so that E‖x‖ = √d_in; folded on export
+    )
     l1_coefficient: NonNegative = 5.0  # standard
     l1_warmup: Share = 0.05  # share of the run
     aux_coefficient: NonNegative = 1 / 32  # topk: weight of AuxK

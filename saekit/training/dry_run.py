@@ -30,7 +30,9 @@ def _sae(recipe: Recipe) -> dict[str, Any]:
     }
     local = recipe.model == embedded.NAME or Path(recipe.model).is_dir()
     texts = [recipe.data.text] if isinstance(recipe.data.text, str) else list(recipe.data.text)
-    on_hub = [text for text in texts if text != embedded.NAME and not Path(text).exists() and text.count("/") == 1]
+    on_hub = [
+        text for text in texts if text != embedded.NAME and not Path(text).exists() and text.count("/") == 1
+    ]
     for text in texts:
         if text not in on_hub:
             documents(Path(text) if text != embedded.NAME else text, field=recipe.data.field)
@@ -51,7 +53,9 @@ def _sae(recipe: Recipe) -> dict[str, Any]:
         f"  {found['tokens']:,} activations in {found['steps']:,} steps of {training.batch_size:,}",
     ]
     if local:
-        lines.append(f"  {found['parameters']:,} parameters, {found['training_bytes'] / 2**20:,.0f} MiB with Adam's state")
+        lines.append(
+            f"  {found['parameters']:,} parameters, {found['training_bytes'] / 2**20:,.0f} MiB with Adam's state"
+        )
     lines += [f"  checked      {item}" for item in found["checked"]]
     lines += [f"  not checked  {item}" for item in found["not_checked"]]
     return found | {"text": "\n".join(lines)}
@@ -71,4 +75,10 @@ def _language_model(recipe: LanguageModelRecipe) -> dict[str, Any]:
         f"{recipe.name}: a language model of {parameters:,} parameters\n"
         f"  {training.tokens:,} tokens in {steps:,} steps of {training.batch_size} × {data.context_size}"
     )
-    return {"name": recipe.name, "parameters": parameters, "steps": steps, "tokens": training.tokens, "text": text}
+    return {
+        "name": recipe.name,
+        "parameters": parameters,
+        "steps": steps,
+        "tokens": training.tokens,
+        "text": text,
+    }

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from saekit.activations import Activations, StreamPosition
-from saekit.errors import InvalidInput, Interrupted
+from saekit.errors import Interrupted, InvalidInput
 from saekit.evaluation import evaluate
 from saekit.files import read_json, staged, write_json
 from saekit.lm import load_model, special_ids
@@ -84,14 +84,18 @@ def train(
     if not isinstance(recipe, Recipe):
         read = read_recipe(recipe, overrides)
         if isinstance(read, LanguageModelRecipe):
-            raise InvalidInput(f"{recipe} trains a language model: use `saekit train`, which knows both kinds")
+            raise InvalidInput(
+                f"{recipe} trains a language model: use `saekit train`, which knows both kinds"
+            )
         recipe = read
     elif overrides:
         raise InvalidInput("overrides go with a recipe file; a Recipe has model_copy(update=…)")
     reporter = reporter or _Silent()
     path = Path(runs) / recipe.name
     if path.exists() and not resume and any(path.iterdir()):
-        raise InvalidInput(f"run {path} exists: resume it (--resume), choose another name, or remove the folder")
+        raise InvalidInput(
+            f"run {path} exists: resume it (--resume), choose another name, or remove the folder"
+        )
     model = model or load_model(recipe.model, dtype=recipe.dtype, device=recipe.device)
     recipe = recipe.model_copy(update={"dtype": str(model.cfg.dtype).removeprefix("torch.")})
     if resume and (path / "recipe.yaml").exists():
@@ -252,7 +256,7 @@ class _Session:
             write_json(building / "metrics.json", metrics)
         self._checkpoint()
         self.tracker.publish(self.path / "final", self.recipe.name, metrics)
-        return Run(self.path, sae, metrics)
+        return Run(self.path, sae.requires_grad_(False), metrics)
 
 
 class _Clock:
@@ -283,7 +287,9 @@ def corpora(recipe: Recipe, model: TransformerBridge) -> tuple[Tokens, Tokens]:
     if not apart:
         return base, tokenize(_source(data.held_out_text), model, data.context_size, field=data.field)
     if data.held_out == 0:
-        raise InvalidInput("data.held_out: 0 leaves nothing to evaluate on; name a text with data.held_out_text")
+        raise InvalidInput(
+            "data.held_out: 0 leaves nothing to evaluate on; name a text with data.held_out_text"
+        )
     held_out = base.with_(split="held_out", shuffle=None, epochs=1)
     next(iter(held_out))  # an empty split is an error now, not after the training
     return base, held_out
@@ -322,7 +328,9 @@ def _is_finished(path: Path, recipe: Recipe) -> bool:
 def _check_same_recipe(path: Path, recipe: Recipe) -> None:
     import yaml
 
-    before = parse_recipe(yaml.safe_load((path / "recipe.yaml").read_text("utf-8")), str(path / "recipe.yaml"))
+    before = parse_recipe(
+        yaml.safe_load((path / "recipe.yaml").read_text("utf-8")), str(path / "recipe.yaml")
+    )
     old, new = _flat(before.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     changed = sorted(
         key
@@ -331,7 +339,9 @@ def _check_same_recipe(path: Path, recipe: Recipe) -> None:
     )
     if changed:
         details = "; ".join(f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in changed)
-        raise InvalidInput(f"run {path} was started with another recipe ({details}); give the new one another name")
+        raise InvalidInput(
+            f"run {path} was started with another recipe ({details}); give the new one another name"
+        )
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,7 +19,7 @@ from saekit.files import fsync
 
 ROWS = "metrics.jsonl"
 SAMPLES = "details/n_training_samples"  # the x-axis: resumed runs line up, whatever their step count
-MODES = ("online", "offline", "disabled")
+Mode = Literal["online", "offline", "disabled"]
 
 
 class WandbConfig(BaseModel):
@@ -27,18 +27,19 @@ class WandbConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mode: Literal["online", "offline", "disabled"] = "disabled"
+    mode: Mode = "disabled"
     project: str = "saekit"
     entity: str | None = None
     group: str | None = None
     tags: tuple[str, ...] = ()
 
-    def resolved_mode(self) -> str:
+    def resolved_mode(self) -> Mode:
         mode = os.environ.get("WANDB_MODE") or self.mode
         mode = {"off": "disabled", "dryrun": "offline", "run": "online"}.get(mode, mode)
-        if mode not in MODES:
-            raise InvalidInput(f"WANDB_MODE: {mode!r}; expected one of {', '.join(MODES)}")
-        return mode
+        for known in get_args(Mode):
+            if mode == known:
+                return known
+        raise InvalidInput(f"WANDB_MODE: {mode!r}; expected one of {', '.join(get_args(Mode))}")
 
 
 class Tracker:
@@ -49,7 +50,14 @@ class Tracker:
     """
 
     def __init__(
-        self, run: Path, name: str, config: Mapping[str, Any], wandb: WandbConfig, *, wandb_id: str | None, step: int
+        self,
+        run: Path,
+        name: str,
+        config: Mapping[str, Any],
+        wandb: WandbConfig,
+        *,
+        wandb_id: str | None,
+        step: int,
     ) -> None:
         self._path = run / ROWS
         _drop_rows_beyond(self._path, step)
@@ -87,7 +95,7 @@ class Tracker:
 
 
 def _start_wandb(
-    run: Path, name: str, config: Mapping[str, Any], wandb_config: WandbConfig, mode: str, run_id: str | None
+    run: Path, name: str, config: Mapping[str, Any], wandb_config: WandbConfig, mode: Mode, run_id: str | None
 ) -> Any:
     import wandb
 

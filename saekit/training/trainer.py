@@ -57,7 +57,7 @@ class Trainer:
             raise InvalidInput("training: " + "; ".join(lines)) from None
         if sae.config.center_input or sae.config.rescale_acts_by_decoder_norm:
             raise InvalidInput("training goes on plain activations: start from SAE.new")
-        self.sae = sae
+        self.sae = sae.requires_grad_(True)
         self.steps_taken = 0
         self.tokens_seen = 0
         self.scale = 1.0  # s, set by the first batch

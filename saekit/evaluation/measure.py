@@ -82,7 +82,9 @@ def evaluate(
         if remaining <= 0:
             break
     if sums.tokens == 0:
-        raise InvalidInput("evaluate: no token to evaluate on; the contexts hold special tokens only, or none")
+        raise InvalidInput(
+            "evaluate: no token to evaluate on; the contexts hold special tokens only, or none"
+        )
     return _figures(sums, faithfulness)
 
 
@@ -129,9 +131,7 @@ def _one_batch(
         )
 
 
-def _log_probs(
-    model: TransformerBridge, site: str, edit: Callable[[Tensor], Tensor], ids: Tensor
-) -> Tensor:
+def _log_probs(model: TransformerBridge, site: str, edit: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
     """Next-token log-probabilities [N, T, V], float32."""
     with editing(model, {site: edit}):
         return model(ids).float().log_softmax(-1)

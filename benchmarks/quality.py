@@ -1,0 +1,287 @@
+"""Quality at equal tokens, saekit against SAELens: `python -m benchmarks.quality [--tokens N] [--quick]`.
+
+Both libraries train on the same activations of the embedded model, batch for batch; one evaluator
+(`saekit.evaluate`, on held-out contexts) judges both. Each library gets its best learning rate of one grid:
+
+    topk       every rate of the grid for the whole run, the highest explained variance wins
+    standard   every rate on a quarter of the run with two L1 coefficients, FVU interpolated to the wanted L0;
+               the best rate then gets the whole run, with the coefficient corrected until L0 is right
+
+Prints one table and writes it, with all settings and every run, to `benchmarks/results/quality.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sae_lens
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import saekit
+from benchmarks.data import Batches, corpora, materialise
+from benchmarks.libraries import LIBRARIES, Setting, Train, Trained
+from benchmarks.timing import alternate, matmul_rate
+from saekit.files import write_json
+from saekit.sites import site_width
+from saekit.tokens import Tokens
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+SITE = "blocks.3.hook_resid_pre"
+RESULTS = Path(__file__).parent / "results" / "quality.json"
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+K = 32
+L0 = 30.0  # wanted of standard
+L0_WITHIN = 0.04  # relative; one corrected run where the first is further off
+SEARCH_SHARE = 0.25  # of the run, for each try of standard's search
+FIRST_L1 = 3.0
+SLOPE = -1.0  # d log L0 / d log coefficient, until two runs tell
+SAME = 1e-3  # relative difference allowed between two readers of one file
+
+
+@dataclass(frozen=True)
+class Result:
+    """One training run and its figures."""
+
+    library: str
+    setting: Setting
+    figures: dict[str, float]
+    trained: Trained
+
+    def record(self) -> dict[str, Any]:
+        return {"library": self.library, **asdict(self.setting), **self.figures}
+
+
+class Bench:
+    """What all runs share: the data, the evaluator, the log of runs."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, console: Console) -> None:
+        self.console, self.folder = console, folder
+        self.model: TransformerBridge = saekit.load_model("tiny")
+        self.rates = LEARNING_RATES[1:3] if args.quick else LEARNING_RATES
+        train, self.held_out = corpora(self.model)
+        self.evaluate_tokens = 4096 if args.quick else 65_536
+        self.batches = materialise(
+            self.model, SITE, train, batch_size=args.batch_size, steps=max(8, args.tokens // args.batch_size)
+        )
+        tokens = self.batches.steps * args.batch_size
+        self.base = Setting(
+            architecture="topk",
+            site=SITE,
+            d_in=site_width(self.model, SITE),
+            d_sae=512 if args.quick else args.d_sae,
+            k=K,
+            dead_after=min(1_000_000, tokens // 5),
+            lr=0.0,
+            l1=0.0,
+            seed=args.seed,
+        )
+        self.results: list[Result] = []
+
+    def run(self, library: str, setting: Setting, share: float = 1.0, faithfulness: bool = True) -> Result:
+        batches = self.batches.first(share)
+        setting = replace(setting, dead_after=max(batches.batch_size, round(setting.dead_after * share)))
+        train: Train = LIBRARIES[library]
+        trained = train(setting, batches, self.folder / f"{len(self.results)}")
+        if trained.difference > SAME:
+            raise RuntimeError(
+                f"{library}: saekit reads another SAE than was trained: {trained.difference:.1e}"
+            )
+        held_out: Tokens = self.held_out
+        figures = saekit.evaluate(
+            self.model, trained.sae, held_out, max_tokens=self.evaluate_tokens, faithfulness=faithfulness
+        )
+        figures["dead_in_training"] = dead_share(trained.sae, self.batches, setting.dead_after)
+        figures |= {"steps": batches.steps, "difference": trained.difference}
+        result = Result(library, setting, figures, trained)
+        self.results.append(result)
+        self.console.print(
+            f"  {library:8} {setting.architecture:8} lr {setting.lr:.0e}  l1 {setting.l1:5.2f}  "
+            f"{batches.steps} steps: L0 {figures['l0']:6.1f}  FVU {figures['fvu']:.4f}  "
+            f"dead {figures['dead_in_training']:.1%}",
+            highlight=False,
+        )
+        return result
+
+    def best_topk(self, library: str) -> Result:
+        return min(
+            (self.run(library, replace(self.base, lr=lr)) for lr in self.rates),
+            key=lambda r: r.figures["fvu"],
+        )
+
+    def best_standard(self, library: str) -> Result:
+        found: list[tuple[float, float, float]] = []  # FVU at the wanted L0, learning rate, coefficient
+        l1, slope = FIRST_L1, SLOPE
+        for lr in self.rates:
+            setting = replace(self.base, architecture="standard", lr=lr, l1=l1)
+            first = self.run(library, setting, SEARCH_SHARE, faithfulness=False)
+            second = self.run(
+                library, replace(setting, l1=corrected(first, slope)), SEARCH_SHARE, faithfulness=False
+            )
+            slope = log_slope(first, second, slope)
+            l1 = corrected(second, slope)
+            found.append((fvu_at(L0, first, second), lr, l1))
+        _, lr, l1 = min(found)
+        runs = [self.run(library, replace(self.base, architecture="standard", lr=lr, l1=l1))]
+        if abs(runs[0].figures["l0"] / L0 - 1) > L0_WITHIN:
+            runs.append(self.run(library, replace(runs[0].setting, l1=corrected(runs[0], slope))))
+        return min(runs, key=lambda r: abs(r.figures["l0"] - L0))
+
+
+def corrected(result: Result, slope: float) -> float:
+    """The L1 coefficient that should bring L0 to the wanted value, L0 ∝ coefficient^slope."""
+    factor = (L0 / max(result.figures["l0"], 0.1)) ** (1 / slope)
+    return result.setting.l1 * min(4.0, max(0.25, factor))
+
+
+def log_slope(a: Result, b: Result, otherwise: float) -> float:
+    """d log L0 / d log coefficient between two runs, kept within reason."""
+    apart = math.log(a.setting.l1 / b.setting.l1)
+    if abs(apart) < 0.05:
+        return otherwise
+    measured = math.log(max(a.figures["l0"], 0.1) / max(b.figures["l0"], 0.1)) / apart
+    return min(-0.4, max(-3.0, measured))
+
+
+def fvu_at(l0: float, a: Result, b: Result) -> float:
+    """log FVU interpolated (or extended) along log L0."""
+    (xa, ya), (xb, yb) = ((math.log(r.figures["l0"]), math.log(r.figures["fvu"])) for r in (a, b))
+    if abs(xa - xb) < 0.02:
+        return b.figures["fvu"]
+    return math.exp(yb + (ya - yb) / (xa - xb) * (math.log(l0) - xb))
+
+
+@torch.no_grad()
+def dead_share(sae: saekit.SAE, batches: Batches, tokens: int) -> float:
+    """Share of latents that fire on none of `tokens` training activations (evaluation text is shorter)."""
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool)
+    for step in range(-(-tokens // batches.batch_size)):
+        fired[sae.encode_active(batches[step]).latents] = True
+    return 1 - float(fired.float().mean())
+
+
+def table_of(pairs: dict[str, list[Result]], seconds: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="Quality at equal tokens")
+    for name in ("library", "architecture", "L0", "EV", "FVU", "CE recovered", "dead", "lr", "L1 coeff.",
+                 "s/step: median (min–max)", "FVU ratio"):  # fmt: skip
+        table.add_column(name, justify="left" if name in ("library", "architecture") else "right")
+    for architecture, results in pairs.items():
+        for result in results:
+            f, s = result.figures, seconds[architecture][result.library]
+            table.add_row(
+                result.library,
+                architecture,
+                f"{f['l0']:.1f}",
+                f"{f['explained_variance']:.4f}",
+                f"{f['fvu']:.4f}",
+                f"{f['ce_recovered']:.4f}",
+                f"{f['dead_in_training']:.1%}",
+                f"{result.setting.lr:g}",
+                f"{result.setting.l1:.2f}" if architecture == "standard" else "",
+                f"{s.median:.3f} ({s.least:.3f}–{s.most:.3f})",
+                f"{fvu_ratio(results):.3f}" if result.library == "saekit" else "",
+            )
+    return table
+
+
+def fvu_ratio(results: list[Result]) -> float:
+    """FVU of saekit over that of SAELens; below 1 saekit reconstructs better."""
+    fvu = {result.library: result.figures["fvu"] for result in results}
+    return fvu["saekit"] / fvu["SAELens"]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="activations each run trains on")
+    parser.add_argument("--d-sae", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int, default=2048)
+    parser.add_argument("--seed", type=int, default=0, help="of both initialisations")
+    parser.add_argument(
+        "--architectures", nargs="+", default=["topk", "standard"], choices=["topk", "standard"]
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke run: figures mean nothing, nothing is written"
+    )
+    args = parser.parse_args()
+    if args.quick:
+        args.tokens = 16 * args.batch_size
+    return args
+
+
+def main() -> None:
+    args, console = parse(), Console(width=150)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, Path(folder), console)
+        console.print(
+            f"{bench.batches.steps} steps of {args.batch_size}, d_sae {bench.base.d_sae}, {SITE} of tiny"
+        )
+        pairs: dict[str, list[Result]] = {}
+        seconds: dict[str, dict[str, Any]] = {}
+        for architecture in args.architectures:
+            search = bench.best_topk if architecture == "topk" else bench.best_standard
+            pairs[architecture] = [search(library) for library in LIBRARIES]
+            # On the trained SAEs, whose learning rate has come down to 0: what most steps of a long run cost.
+            seconds[architecture] = alternate(
+                {r.library: r.trained.step for r in pairs[architecture]},
+                bench.batches[0],
+                rounds=2 if args.quick else 6,
+            )
+    rates = {str(d).removeprefix("torch."): matmul_rate(d) for d in (torch.float32, torch.bfloat16)}
+    console.print(table_of(pairs, seconds))
+    console.print("matmul GFLOP/s: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()))
+    for result in (r for results in pairs.values() for r in results if len(bench.rates) > 2):
+        if result.setting.lr in (bench.rates[0], bench.rates[-1]):
+            console.print(
+                f"note: {result.library} {result.setting.architecture}: best rate at the grid's edge"
+            )
+    if not args.quick:
+        RESULTS.parent.mkdir(exist_ok=True)
+        write_json(RESULTS, report(args, bench, pairs, seconds, rates))
+        console.print(
+            f"written to {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS.name}"
+        )
+
+
+def report(
+    args: argparse.Namespace,
+    bench: Bench,
+    pairs: dict[str, list[Result]],
+    seconds: dict[str, dict[str, Any]],
+    rates: dict[str, float],
+) -> dict[str, Any]:
+    """The content of `quality.json`."""
+    return {
+        "arguments": vars(args),
+        "versions": {
+            "saekit": saekit.__version__,
+            "sae_lens": sae_lens.__version__,
+            "torch": torch.__version__,
+        },
+        "machine": {
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "model_dtype": str(bench.model.cfg.dtype).removeprefix("torch."),
+            "matmul_gflops": rates,
+        },
+        "learning_rates": list(bench.rates),
+        "fvu_ratio": {architecture: fvu_ratio(results) for architecture, results in pairs.items()},
+        "seconds_per_step": {
+            architecture: {library: s._asdict() for library, s in by.items()}
+            for architecture, by in seconds.items()
+        },
+        "best": [result.record() for results in pairs.values() for result in results],
+        "runs": [result.record() for result in bench.results],
+    }
+
+
+if __name__ == "__main__":
+    main()

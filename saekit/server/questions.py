@@ -1,0 +1,63 @@
+"""What the page may ask for, with a bound on everything that costs time or memory."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from saekit.catalog import Catalog
+from saekit.errors import InvalidInput
+from saekit.steering.edits import Edit
+from saekit.steering.kinds import Kind, Unit
+
+MAX_TEXT = 20_000  # characters
+MAX_EDITS = 16
+MAX_NEW_TOKENS = 256
+MAX_STRENGTH = 1e6
+MAX_POSITION = 2**20
+
+Position = Annotated[int, Field(ge=0, le=MAX_POSITION)]
+
+
+class _Question(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class EditQuestion(_Question):
+    feature: int
+    kind: Kind = "add"
+    strength: float = Field(default=0.0, ge=-MAX_STRENGTH, le=MAX_STRENGTH)
+    unit: Unit = "raw"
+
+    def edit(self, catalog: Catalog) -> Edit:
+        """Raises `UnknownFeature`, or `InvalidInput` for a unit that the kind does not take."""
+        feature = catalog[self.feature]
+        return feature._edit(self.kind, self.strength, self.unit)
+
+
+class SteerQuestion(_Question):
+    prompt: str = Field(min_length=1, max_length=MAX_TEXT)
+    edits: list[EditQuestion] = Field(max_length=MAX_EDITS)
+    max_new_tokens: int = Field(default=20, ge=1, le=MAX_NEW_TOKENS)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    temperature: float = Field(default=1.0, ge=0, le=100)
+    positions: (
+        Literal["all", "prompt", "generated", "last_prompt"] | Annotated[list[Position], Field(max_length=MAX_TEXT)]
+    ) = "all"
+
+
+class ActivationsQuestion(_Question):
+    text: str = Field(min_length=1, max_length=MAX_TEXT)
+
+
+Question = TypeVar("Question", bound=_Question)
+
+
+def parsed(kind: type[Question], body: bytes) -> Question:
+    """The question in a JSON body. Raises `InvalidInput` that lists every mistake with its place."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        mistakes = [(".".join(map(str, e["loc"])) or "body", e["msg"]) for e in error.errors(include_url=False)]
+        raise InvalidInput("; ".join(f"{place}: {message}" for place, message in mistakes[:10])) from error

@@ -1,0 +1,93 @@
+"""Fixtures: the embedded model, small real models from ../shared where there are any, and synthetic text.
+
+Nothing here reaches a network; tests that need ../shared skip, saying why, where it is missing.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve their neighbours
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from saekit.sae import SAE
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+SITE = "blocks.3.hook_resid_pre"
+NOUNS = [
+    "cat",
+    "dog",
+    "ship",
+    "tree",
+    "king",
+    "river",
+    "stone",
+    "lamp",
+    "horse",
+    "garden",
+    "letter",
+    "window",
+]
+VERBS = ["sees", "takes", "finds", "keeps", "follows", "leaves", "paints", "carries"]
+
+
+def sentences(n: int, seed: int = 0) -> list[str]:
+    """n small documents of made-up sentences, all different."""
+    import random
+
+    draw = random.Random(seed)
+    return [
+        " ".join(
+            f"The {draw.choice(NOUNS)} {draw.choice(VERBS)} a {draw.choice(NOUNS)} near number {i}-{j}."
+            for j in range(draw.randint(2, 9))
+        )
+        for i in range(n)
+    ]
+
+
+@pytest.fixture(scope="session")
+def model() -> TransformerBridge:
+    """The embedded GPT-2-style model in float32."""
+    import saekit
+
+    return saekit.load_model("tiny", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def llama() -> TransformerBridge:
+    """A real Llama-style model (RMSNorm, RoPE, grouped queries)."""
+    import saekit
+
+    folder = SHARED / "models" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip(
+            "../shared/models/stories260k is missing: the Llama-style model is not part of the repository"
+        )
+    return saekit.load_model(folder, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def sae() -> SAE:
+    """The embedded SAE."""
+    from saekit.sae import SAE
+
+    return SAE.load("tiny")
+
+
+@pytest.fixture
+def no_leaked_hooks(model: TransformerBridge) -> Iterator[None]:
+    """Fails a test that leaves a hook on the model."""
+    yield
+    assert not [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+    assert not model.original_model._forward_pre_hooks

@@ -1,0 +1,162 @@
+"""The command line as people and scripts meet it: output, JSON, exit codes, one line per mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import SITE, sentences
+
+from saekit.cli import main
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "text.json"
+    path.write_text(json.dumps(sentences(60)))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path, corpus):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"name: small\nmodel: tiny\nsite: {SITE}\ndata: {{text: {corpus}, context_size: 32, held_out: 0.2}}\n"
+        "sae: {architecture: topk, d_sae: 64, k: 4}\ntraining: {tokens: 2000, batch_size: 200, ring: 400, evaluate_tokens: 300}\n"
+    )
+    return path
+
+
+def output(capsys, *arguments):
+    assert main([str(a) for a in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_whole_way_by_hand(recipe, corpus, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    planned = json.loads(output(capsys, "train", recipe, "--dry-run", "--json"))
+    assert (planned["steps"], planned["d_in"], planned["checked"][0]) == (10, 256, f"text {corpus}")
+    assert "10 steps" in output(capsys, "train", recipe, "--dry-run")
+    assert not (tmp_path / "checkpoints").exists()
+
+    trained = json.loads(output(capsys, "train", recipe, "sae.k=8", "--json"))
+    assert trained["path"] == "checkpoints/small"
+    assert (
+        "nothing to do" in (main(["train", str(recipe), "sae.k=8", "--resume"]), capsys.readouterr().err)[1]
+    )
+
+    sae = "checkpoints/small/final"
+    assert json.loads(output(capsys, "eval", sae, "--text", corpus, "--tokens", 200, "--json"))["l0"] <= 8
+    assert "explained_variance" in output(capsys, "eval", sae, "--text", corpus, "--tokens", 200)
+
+    built = json.loads(output(capsys, "catalog", "build", sae, "--text", corpus, "--out", "cat", "--json"))
+    assert built["features"] == 64
+    hits = json.loads(output(capsys, "catalog", "search", "cat", "king", "--json"))
+    feature = hits[0]["feature"]
+    assert str(feature) in output(capsys, "catalog", "search", "cat", "king")
+    record = json.loads(output(capsys, "catalog", "show", "cat", feature, "--json"))
+    assert record["contexts"][0]["tokens"]
+    assert f"feature {feature}" in output(capsys, "catalog", "show", "cat", feature)
+
+    steered = json.loads(
+        output(
+            capsys,
+            "steer",
+            "cat",
+            feature,
+            "--prompt",
+            "The king",
+            "--unit",
+            "norm",
+            "--strength",
+            1,
+            "--json",
+        )
+    )
+    assert steered["kl"] > 0
+    assert steered["plain"].startswith("The king")
+    assert "KL" in output(
+        capsys, "steer", "cat", feature, "--prompt", "The king", "--kind", "ablate", "--positions", "1,2"
+    )
+    rows = json.loads(
+        output(capsys, "sweep", "cat", feature, "--prompt", "The king", "--strengths", "0,4", "--json")
+    )
+    assert [row["strength"] for row in rows] == [0, 4]
+    assert rows[0]["kl"] == 0
+    assert "control KL" in output(
+        capsys, "sweep", "cat", feature, "--prompt", "The king", "--strengths", "0,4"
+    )
+    page = output(capsys, "catalog", "page", "cat", "site").strip()
+    assert (tmp_path / page).is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["steer", "tiny", "5"],
+        ["steer", "tiny", "5", "--prompt", "x", "--kind", "push"],
+        ["steer", "tiny", "five", "--prompt", "x"],
+        ["steer", "tiny", "5", "--prompt", "x", "--positions", "some"],
+        ["sweep", "tiny", "5", "--prompt", "x", "--strengths", "a,b"],
+        ["catalog"],
+        ["catalog", "search", "tiny", "x", "--limit", "0"],
+        ["eval", "tiny", "--tokens", "-3"],
+    ],
+)
+def test_a_wrong_call_exits_2(arguments, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: saekit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "recipe: nowhere.yaml does not exist"),
+        (["eval", "nowhere"], "SAE: nowhere does not exist"),
+        (["eval", "tiny", "--text", "nowhere.txt"], "text: nowhere.txt does not exist"),
+        (["eval", "tiny", "--model", "./nowhere"], "model folder: nowhere does not exist"),
+        (["catalog", "show", "tiny", "999999"], "feature 999999: this catalog has features 0 …"),
+        (["catalog", "show", "tiny", "-1"], "feature -1"),
+        (["catalog", "show", "nowhere", "1"], "catalog: nowhere does not exist"),
+        (["catalog", "search", "tiny", "!!"], "no word to look for"),
+        (["steer", "tiny", "1", "--prompt", ""], "prompt: expected a text"),
+        (["steer", "tiny", "1", "--prompt", "x", "--strength", "nan"], "strength: expected a finite number"),
+        (
+            ["steer", "tiny", "1", "--prompt", "x", "--kind", "clamp", "--unit", "norm"],
+            "clamp takes raw or max",
+        ),
+        (["steer", "tiny", "1", "--prompt", "word " * 300], "do not fit the context of 256"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_exit_1(arguments, message, capsys) -> None:
+    assert main(arguments) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("saekit: ")
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["eval", "nowhere", "--debug"])
+
+
+def test_python_m_saekit_is_the_command_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "saekit", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("demo", "train", "eval", "catalog", "steer", "sweep", "serve"):
+        assert command in done.stdout
+
+
+def test_terminal_escapes_in_tokens_show_literally() -> None:
+    from saekit.console import coloured, plain
+
+    assert plain("a\x1b[31mred\u202e") == "a\\x1b[31mred\\u202e"
+    assert "\x1b" not in coloured(["\x1b[2J", " ok"], [1.0, 0.0], 1.0).plain

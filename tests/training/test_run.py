@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SITE, sentences
+
+import saekit
+from saekit.errors import FileMissing, Interrupted, InvalidInput, UnknownName
+from saekit.recipe import parse_recipe
+from saekit.sae import SAE
+from saekit.training import checkpoint
+from saekit.training.run import train
+from saekit.training.tracking import Tracker, WandbConfig, read_rows
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": t}) + "\n" for t in sentences(120)))
+
+    def make(**changes):
+        raw = {
+            "name": "run", "model": "tiny", "dtype": "float32", "site": SITE,
+            "data": {"text": str(text), "context_size": 32, "held_out": 0.2},
+            "sae": {"architecture": "topk", "d_sae": 96, "k": 8},
+            "training": {"tokens": 20 * 128, "batch_size": 128, "lr": 1e-3, "ring": 512, "contexts": 8, "log_every": 3,
+                         "evaluate_tokens": 500, "evaluate_every": 7, "checkpoint_every": 4},
+        }  # fmt: skip
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            if name:
+                raw[section] = {**raw[section], name: value}
+            else:
+                raw[section] = value
+        return parse_recipe(raw)
+
+    return make
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    one, two = SAE.load(a / "final"), SAE.load(b / "final")
+    return all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_a_run_leaves_what_the_surface_says(recipe, model, tmp_path) -> None:
+    run = train(recipe(), model=model, runs=tmp_path / "runs")
+    assert run.path == tmp_path / "runs" / "run"
+    assert {p.name for p in run.path.iterdir()} == {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "final",
+        "step-16",
+        "step-20",
+    }
+    assert run.metrics == json.loads((run.path / "final" / "metrics.json").read_text())
+    loaded = SAE.load(run.path / "final")
+    assert loaded.site == SITE
+    assert loaded.model_name == "tiny"
+    x = torch.randn(5, 256)
+    assert torch.equal(loaded.encode(x), run.sae.encode(x))
+    rows = read_rows(run.path)
+    steps = [row["step"] for row in rows if "losses/overall_loss" in row]
+    assert steps == [3, 6, 9, 12, 15, 18, 20]
+    assert [row["step"] for row in rows if "held_out/l0" in row] == [7, 14, 20]
+    assert {
+        "losses/mse_loss",
+        "metrics/l0",
+        "metrics/explained_variance",
+        "details/n_training_samples",
+    } <= set(rows[0])
+
+
+def test_the_same_recipe_gives_the_same_bits_and_rows(recipe, model, tmp_path) -> None:
+    one, two = (train(recipe(), model=model, runs=tmp_path / name) for name in "ab")
+    assert same_weights(one.path, two.path)
+    assert (one.path / "metrics.jsonl").read_bytes() == (two.path / "metrics.jsonl").read_bytes()
+    other = train(recipe(seed=1), model=model, runs=tmp_path / "c")
+    assert not same_weights(one.path, other.path)
+
+
+class StopAfter:
+    """A reporter that sends a signal to its own process at a step."""
+
+    def __init__(self, step: int, number: int = signal.SIGINT) -> None:
+        self.step, self.number = step, number
+
+    def line(self, text: str) -> None: ...
+
+    def progress(self, step: int, steps: int, figures: dict[str, float]) -> None:
+        if step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "architecture", [{"architecture": "topk", "d_sae": 96, "k": 8}, {"architecture": "standard", "d_sae": 96}]
+)
+def test_an_interrupted_run_resumes_to_the_same_bits_and_rows(
+    recipe, model, tmp_path, number, architecture
+) -> None:
+    whole = train(recipe(sae=architecture), model=model, runs=tmp_path / "whole")
+    wanted = recipe(sae=architecture)
+    with pytest.raises(Interrupted, match="stopped at step 9 of 20; go on with --resume"):
+        train(wanted, model=model, runs=tmp_path / "cut", reporter=StopAfter(9, number))
+    with pytest.raises(Interrupted, match="stopped at step 15"):
+        train(wanted, model=model, runs=tmp_path / "cut", resume=True, reporter=StopAfter(15, number))
+    resumed = train(wanted, model=model, runs=tmp_path / "cut", resume=True)
+    assert same_weights(whole.path, resumed.path)
+    assert (whole.path / "metrics.jsonl").read_bytes() == (resumed.path / "metrics.jsonl").read_bytes()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(recipe, model, tmp_path) -> None:
+    """SIGKILL at a moment nobody chose: whatever the process was writing, the checkpoint before it is whole."""
+    from saekit.recipe import write_recipe
+
+    write_recipe(
+        tmp_path / "r.yaml",
+        recipe(training__tokens=400 * 128, training__checkpoint_every=2, training__evaluate_every=None),
+    )
+    env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "saekit", "train", str(tmp_path / "r.yaml")], cwd=tmp_path, env=env,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    path = tmp_path / "checkpoints" / "run"
+    deadline = time.monotonic() + 120
+    while checkpoint.newest(path) is None and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    newest = checkpoint.newest(path)
+    assert newest is not None
+    step = int(newest.name.removeprefix("step-"))
+    assert 2 <= step < 400
+    short = recipe(
+        training__tokens=(step + 3) * 128, training__checkpoint_every=2, training__evaluate_every=None
+    )
+    resumed = train(short, model=model, runs=tmp_path / "checkpoints", resume=True)
+    assert [row["step"] for row in read_rows(resumed.path)] == sorted(
+        row["step"] for row in read_rows(resumed.path)
+    )
+
+
+def test_resume_rules(recipe, model, tmp_path) -> None:
+    first = train(recipe(), model=model, runs=tmp_path, resume=True)  # nothing there: it starts
+    before = {
+        p: p.stat().st_mtime_ns for p in first.path.rglob("*") if p.is_file() and p.name != "recipe.yaml"
+    }
+    again = train(recipe(), model=model, runs=tmp_path, resume=True)  # finished: nothing changes
+    assert {
+        p: p.stat().st_mtime_ns for p in first.path.rglob("*") if p.is_file() and p.name != "recipe.yaml"
+    } == before
+    assert again.metrics == first.metrics
+    with pytest.raises(InvalidInput, match="exists: resume it"):
+        train(recipe(), model=model, runs=tmp_path)
+    with pytest.raises(
+        InvalidInput, match=r"another recipe \(sae\.k: 8 then, 9 now; training\.lr: 0\.001 then, 0\.01 now\)"
+    ):
+        train(recipe(training__lr=1e-2, sae__k=9), model=model, runs=tmp_path, resume=True)
+    longer = train(
+        recipe(training__tokens=24 * 128, training__log_every=5), model=model, runs=tmp_path, resume=True
+    )
+    assert read_rows(longer.path)[-1]["step"] == 24
+
+
+def test_checkpoints_are_pruned_and_damaged_ones_passed_over(recipe, model, tmp_path) -> None:
+    run = train(recipe(training__keep_checkpoints=3), model=model, runs=tmp_path)
+    assert sorted(p.name for p in run.path.glob("step-*")) == ["step-12", "step-16", "step-20"]
+    for damage in ("state.safetensors", "manifest.json"):
+        newest = checkpoint.newest(run.path)
+        file = newest / damage
+        file.write_bytes(file.read_bytes()[:-10])
+        assert checkpoint.newest(run.path) != newest
+        with pytest.raises(InvalidInput, match="differ from its manifest"):
+            checkpoint.load(newest)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch) -> None:
+    checkpoint.save(tmp_path, 1, {"a": torch.ones(3)}, {"x": 1}, keep=2)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(
+        InvalidInput, match=r"step-2: could not be written .*No space left.*earlier ones are whole"
+    ):
+        checkpoint.save(tmp_path, 2, {"a": torch.ones(3)}, {"x": 1}, keep=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_what_is_wrong_is_told_before_training(recipe, model, tmp_path) -> None:
+    with pytest.raises(UnknownName, match="Did you mean blocks"):
+        train(recipe(site="blocks.3.hook_resid_per"), model=model, runs=tmp_path / "a")
+    with pytest.raises(FileMissing, match="nowhere"):
+        train(recipe(data__text="nowhere.jsonl"), model=model, runs=tmp_path / "b")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(InvalidInput, match="corpus is empty"):
+        train(recipe(data__text=str(tmp_path / "empty.jsonl")), model=model, runs=tmp_path / "c")
+    with pytest.raises(InvalidInput, match="held_out: 0 leaves nothing"):
+        train(recipe(data__held_out=0), model=model, runs=tmp_path / "d")
+    assert not [p for name in "abcd" for p in (tmp_path / name).rglob("*")]
+
+
+def test_held_out_text_of_its_own(recipe, model, tmp_path) -> None:
+    (tmp_path / "held.txt").write_text(" ".join(sentences(30, seed=9)))
+    run = train(recipe(data__held_out_text=str(tmp_path / "held.txt")), model=model, runs=tmp_path / "runs")
+    assert run.metrics["tokens"] > 100
+
+
+def test_a_nan_loss_ends_the_run_with_advice(recipe, model, tmp_path) -> None:
+    with pytest.raises(InvalidInput, match=r"NaN at step .*lower training\.lr"):
+        train(recipe(training__lr=1e30, training__clip_grad_norm=None), model=model, runs=tmp_path)
+
+
+def test_train_by_path_with_overrides_on_a_llama_model(tmp_path) -> None:
+    from conftest import SHARED
+
+    if not (SHARED / "models" / "stories260k").is_dir():
+        pytest.skip("../shared/models/stories260k is missing")
+    (tmp_path / "t.json").write_text(json.dumps(sentences(60)))
+    (tmp_path / "r.yaml").write_text(
+        f"name: llama\nmodel: {SHARED}/models/stories260k\ndtype: float32\ndata: {{text: {tmp_path}/t.json, context_size: 64, held_out: 0.2}}\n"
+        "site: blocks.2.hook_resid_mid\nsae: {architecture: standard, d_sae: 128}\n"
+        "training: {tokens: 4000, batch_size: 256, ring: 1024, lr: 1e-3}\n"
+    )
+    run = saekit.train(
+        tmp_path / "r.yaml", overrides=["sae.d_sae=64", "training.tokens=2_560"], runs=tmp_path
+    )
+    assert run.sae.d_sae == 64
+    assert run.sae.d_in == 64
+    assert 0 <= run.metrics["dead"] <= 1
+
+
+@pytest.mark.filterwarnings("default")
+def test_wandb_offline_gets_the_rows_of_metrics_jsonl(recipe, model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SECRET_FOR_TEST", "hunter2hunter2")
+    run = train(recipe(), model=model, runs=tmp_path)
+    logs = list(run.path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(logs) == 1
+    assert b"hunter2" not in logs[0].read_bytes()
+    inspected = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(logs[0].parent)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    records = [json.loads(line) for line in inspected.stdout.splitlines()]
+    logged = [
+        {key: value for key, value in record["history"]["item"].items() if not key.startswith("_")}
+        for record in records
+        if record["type"] == "history"
+    ]
+    assert logged == read_rows(run.path)
+
+
+def test_wandb_mode_comes_from_the_environment(monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert WandbConfig().resolved_mode() == "offline"
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(InvalidInput, match="WANDB_MODE: 'sometimes'"):
+        WandbConfig().resolved_mode()
+    monkeypatch.delenv("WANDB_MODE")
+    assert WandbConfig().resolved_mode() == "disabled"
+
+
+def test_rows_beyond_the_checkpoint_and_cut_rows_are_dropped(tmp_path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    tracker = Tracker(tmp_path, "x", {}, WandbConfig(), wandb_id=None, step=2)
+    tracker.log({"step": 3, "a": 1.5})
+    tracker.close()
+    assert read_rows(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "a": 1.5}]
