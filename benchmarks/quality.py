@@ -1,11 +1,12 @@
 """Quality at equal tokens, saekit against SAELens: `python -m benchmarks.quality [--tokens N] [--quick]`.
 
 Both libraries train on the same activations of the embedded model, batch for batch; one evaluator
-(`saekit.evaluate`, on held-out contexts) judges both. Each library gets its best learning rate of one grid:
+(`saekit.evaluate`, on held-out contexts) judges both. Each library gets its best learning rate of one grid,
+climbed from the middle until both neighbours are worse:
 
-    topk       every rate of the grid for the whole run, the highest explained variance wins
-    standard   every rate on a quarter of the run with two L1 coefficients, FVU interpolated to the wanted L0;
-               the best rate then gets the whole run, with the coefficient corrected until L0 is right
+    topk       each rate tried gets the whole run, the highest explained variance wins
+    standard   each rate tried gets a quarter of the run with two L1 coefficients, FVU interpolated to the wanted
+               L0; the best rate then gets whole runs until the coefficient gives the wanted L0
 
 Prints one table and writes it, with all settings and every run, to `benchmarks/results/quality.json`.
 """
@@ -16,9 +17,10 @@ import argparse
 import math
 import platform
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import sae_lens
 import torch
@@ -27,25 +29,29 @@ from rich.table import Table
 
 import saekit
 from benchmarks.data import Batches, corpora, materialise
-from benchmarks.libraries import LIBRARIES, Setting, Train, Trained
+from benchmarks.libraries import LIBRARIES, Setting, Trained
 from benchmarks.timing import alternate, matmul_rate
 from saekit.files import write_json
 from saekit.sites import site_width
-from saekit.tokens import Tokens
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 SITE = "blocks.3.hook_resid_pre"
 RESULTS = Path(__file__).parent / "results" / "quality.json"
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+FIRST_RATE = 2e-3
 K = 32
 L0 = 30.0  # wanted of standard
-L0_WITHIN = 0.04  # relative; one corrected run where the first is further off
+L0_WITHIN = 0.03  # relative; further off, the run is done again with a better coefficient
+WHOLE_RUNS = 3  # at most, of standard
 SEARCH_SHARE = 0.25  # of the run, for each try of standard's search
 FIRST_L1 = 3.0
 SLOPE = -1.0  # d log L0 / d log coefficient, until two runs tell
 SAME = 1e-3  # relative difference allowed between two readers of one file
+
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, folder: Path, console: Console) -> None:
         self.console, self.folder = console, folder
         self.model: TransformerBridge = saekit.load_model("tiny")
-        self.rates = LEARNING_RATES[1:3] if args.quick else LEARNING_RATES
+        self.rates = (FIRST_RATE,) if args.quick else LEARNING_RATES
         train, self.held_out = corpora(self.model)
         self.evaluate_tokens = 4096 if args.quick else 65_536
         self.batches = materialise(
@@ -89,16 +95,15 @@ class Bench:
 
     def run(self, library: str, setting: Setting, share: float = 1.0, faithfulness: bool = True) -> Result:
         batches = self.batches.first(share)
-        setting = replace(setting, dead_after=max(batches.batch_size, round(setting.dead_after * share)))
-        train: Train = LIBRARIES[library]
-        trained = train(setting, batches, self.folder / f"{len(self.results)}")
+        dead_after = max(batches.batch_size, round(self.base.dead_after * share))
+        setting = replace(setting, dead_after=dead_after)
+        trained = LIBRARIES[library](setting, batches, self.folder / f"{len(self.results)}")
         if trained.difference > SAME:
             raise RuntimeError(
                 f"{library}: saekit reads another SAE than was trained: {trained.difference:.1e}"
             )
-        held_out: Tokens = self.held_out
         figures = saekit.evaluate(
-            self.model, trained.sae, held_out, max_tokens=self.evaluate_tokens, faithfulness=faithfulness
+            self.model, trained.sae, self.held_out, max_tokens=self.evaluate_tokens, faithfulness=faithfulness
         )
         figures["dead_in_training"] = dead_share(trained.sae, self.batches, setting.dead_after)
         figures |= {"steps": batches.steps, "difference": trained.difference}
@@ -113,28 +118,44 @@ class Bench:
         return result
 
     def best_topk(self, library: str) -> Result:
-        return min(
-            (self.run(library, replace(self.base, lr=lr)) for lr in self.rates),
-            key=lambda r: r.figures["fvu"],
-        )
+        def attempt(lr: float) -> tuple[float, Result]:
+            result = self.run(library, replace(self.base, lr=lr))
+            return result.figures["fvu"], result
+
+        return climb(self.rates, FIRST_RATE, attempt)
 
     def best_standard(self, library: str) -> Result:
-        found: list[tuple[float, float, float]] = []  # FVU at the wanted L0, learning rate, coefficient
-        l1, slope = FIRST_L1, SLOPE
-        for lr in self.rates:
-            setting = replace(self.base, architecture="standard", lr=lr, l1=l1)
+        slope = SLOPE
+
+        def attempt(lr: float) -> tuple[float, Setting]:
+            nonlocal slope
+            setting = replace(self.base, architecture="standard", lr=lr, l1=FIRST_L1)
             first = self.run(library, setting, SEARCH_SHARE, faithfulness=False)
             second = self.run(
                 library, replace(setting, l1=corrected(first, slope)), SEARCH_SHARE, faithfulness=False
             )
             slope = log_slope(first, second, slope)
-            l1 = corrected(second, slope)
-            found.append((fvu_at(L0, first, second), lr, l1))
-        _, lr, l1 = min(found)
-        runs = [self.run(library, replace(self.base, architecture="standard", lr=lr, l1=l1))]
-        if abs(runs[0].figures["l0"] / L0 - 1) > L0_WITHIN:
-            runs.append(self.run(library, replace(runs[0].setting, l1=corrected(runs[0], slope))))
+            return fvu_at(L0, first, second), replace(setting, l1=corrected(second, slope))
+
+        runs = [self.run(library, climb(self.rates, FIRST_RATE, attempt))]
+        while abs(runs[-1].figures["l0"] / L0 - 1) > L0_WITHIN and len(runs) < WHOLE_RUNS:
+            if len(runs) > 1:
+                slope = log_slope(runs[-2], runs[-1], slope)
+            runs.append(self.run(library, replace(runs[-1].setting, l1=corrected(runs[-1], slope))))
         return min(runs, key=lambda r: abs(r.figures["l0"] - L0))
+
+
+def climb(grid: Sequence[float], start: float, attempt: Callable[[float], tuple[float, Found]]) -> Found:
+    """What `attempt` finds at the point of the grid with the lowest cost, supposing that there is one valley."""
+    tried = {grid.index(start): attempt(start)}
+    for step in (1, -1):
+        at = min(tried, key=lambda i: tried[i][0])
+        while 0 <= at + step < len(grid) and at + step not in tried:
+            tried[at + step] = attempt(grid[at + step])
+            if tried[at + step][0] >= tried[at][0]:
+                break
+            at += step
+    return min(tried.values(), key=lambda found: found[0])[1]
 
 
 def corrected(result: Result, slope: float) -> float:

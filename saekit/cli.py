@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from saekit.catalog import Catalog
+    from saekit.steering.edits import Edit, Steerable
     from saekit.steering.positions import Positions
 
 
@@ -127,7 +129,7 @@ def _model_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _steering_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("catalog")
+    parser.add_argument("catalog", help="a catalog; or an SAE: a folder, or a published release/site")
     parser.add_argument("feature", type=int)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--kind", choices=KINDS, default="add")
@@ -322,57 +324,63 @@ def _steer(options: argparse.Namespace) -> None:
     from saekit import compare
     from saekit.console import plain
 
-    catalog, model = _catalog_and_model(options)
-    edit = _edit(catalog, options, options.strength)
+    source, model = _steerable_and_model(options)
+    edit = _edit(source, options, options.strength)
     side = compare(
-        model, options.prompt, edit, max_new_tokens=options.max_new_tokens, seed=options.seed,
-        temperature=options.temperature, positions=options.positions,
-    )  # fmt: skip
-    if options.json:
-        _print_json(
-            {
-                "prompt": side.prompt,
-                "edit": str(edit),
-                "plain": side.plain,
-                "steered": side.steered,
-                "kl": side.kl,
-                "top_tokens": side.top_tokens,
-            }
-        )
-    else:
+        model,
+        options.prompt,
+        edit,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        temperature=options.temperature,
+        positions=options.positions,
+    )
+    if not options.json:
         print(plain(str(side)))
+        return
+    _print_json(
+        {
+            "prompt": side.prompt,
+            "edit": str(edit),
+            "plain": side.plain,
+            "steered": side.steered,
+            "kl": side.kl,
+            "top_tokens": side.top_tokens,
+        }
+    )
 
 
 def _sweep(options: argparse.Namespace) -> None:
     from saekit.console import out, table
     from saekit.steering.sweep import sweep
 
-    catalog, model = _catalog_and_model(options)
+    source, model = _steerable_and_model(options)
     rows = sweep(
-        model, options.prompt, lambda strength: _edit(catalog, options, strength), options.strengths,
-        max_new_tokens=options.max_new_tokens, seed=options.seed, temperature=options.temperature,
+        model,
+        options.prompt,
+        lambda strength: _edit(source, options, strength),
+        options.strengths,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        temperature=options.temperature,
         positions=options.positions,
-    )  # fmt: skip
+    )
     if options.json:
         _print_json([asdict(row) for row in rows])
         return
     columns = ["strength", "KL", "perplexity", "text", "control KL", "control ppl"]
-    out.print(
-        table(
-            columns,
-            [
-                (
-                    f"{r.strength:g}",
-                    f"{r.kl:.2f}",
-                    f"{r.perplexity:.0f}",
-                    r.text,
-                    f"{r.control_kl:.2f}",
-                    f"{r.control_perplexity:.0f}",
-                )
-                for r in rows
-            ],
+    cells = [
+        (
+            f"{r.strength:g}",
+            f"{r.kl:.2f}",
+            f"{r.perplexity:.0f}",
+            r.text,
+            f"{r.control_kl:.2f}",
+            f"{r.control_perplexity:.0f}",
         )
-    )
+        for r in rows
+    ]
+    out.print(table(columns, cells))
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -386,11 +394,32 @@ def _catalog_and_model(options: argparse.Namespace) -> tuple[Catalog, Transforme
     from saekit import Catalog
 
     catalog = Catalog.open(options.catalog)
-    if hasattr(options, "feature"):
-        catalog[options.feature]  # an unknown feature is an error before a model is loaded
     model = _model(options, catalog.model_name)
     catalog.check_fits(model)
     return catalog, model
+
+
+def _steerable_and_model(options: argparse.Namespace) -> tuple[Steerable, TransformerBridge]:
+    """The feature of a catalog, or the latent of an SAE folder or of a published `release/site`."""
+    published = re.fullmatch(r"([^/]+)/((?:blocks\.\d+\.|hook_|ln_final\.|embed\.).+)", options.catalog)
+    folder = Path(options.catalog)
+    if not (folder / "cfg.json").is_file() and (folder.exists() or not published):
+        from saekit import Catalog
+
+        feature = Catalog.open(options.catalog)[
+            options.feature
+        ]  # an unknown feature is told before a model loads
+        model = _model(options, feature.catalog.model_name)
+        feature.catalog.check_fits(model)
+        return feature, model
+    from saekit import SAE, Direction
+
+    release, site = published.groups() if published and not folder.exists() else (options.catalog, None)
+    sae = SAE.load(release, site)
+    direction = Direction.from_sae(sae, options.feature)
+    model = _model(options, sae.model_name)
+    sae.check_fits(model)
+    return direction, model
 
 
 def _model(options: argparse.Namespace, default: str | None) -> TransformerBridge:
@@ -402,13 +431,16 @@ def _model(options: argparse.Namespace, default: str | None) -> TransformerBridg
     return load_model(name)
 
 
-def _edit(catalog: Catalog, options: argparse.Namespace, strength: float) -> Any:
-    feature = catalog[options.feature]
+def _edit(source: Steerable, options: argparse.Namespace, strength: float) -> Edit:
     if options.kind == "ablate":
-        return feature.ablate()
+        return source.ablate()
     if options.kind == "scale":
-        return feature.scale(strength)
-    return getattr(feature, options.kind)(strength, unit=options.unit)
+        return source.scale(strength)
+    return (
+        source.clamp(strength, unit=options.unit)
+        if options.kind == "clamp"
+        else source.add(strength, unit=options.unit)
+    )
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def card(catalog: Catalog, repository: str) -> str:
         "pretty_name": " ".join(f"Features of {catalog.model_name} at {catalog.site}".split()),  # one line
         "tags": TAGS,
         "configs": [
-            {"config_name": name, "data_files": f"{name}.parquet"} | ({"default": True} if name == "features" else {})
+            {"config_name": name, "data_files": f"{name}.parquet", "default": name == "features"}
             for name in SCHEMAS
         ],
     }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from saekit.steering.edits import Edit
+from saekit.steering.edits import Edit, Steerable
 from saekit.steering.kinds import Kind, Unit
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Context:
 
 
 @dataclass(frozen=True, eq=False)
-class Feature:
+class Feature(Steerable):
     """What the catalog knows about one latent. Figures are floats, tables are read when first asked for."""
 
     index: int
@@ -143,24 +143,6 @@ class Feature:
             key=lambda i: -(rows["score"][i] if rows["score"][i] == rows["score"][i] else -1),
         )
         return rows["text"][best[0]] if best else None
-
-    # Edits
-
-    def add(self, strength: float, *, unit: Unit = "raw") -> Edit:
-        """Add strength · d. unit `"max"`: in multiples of the maximum activation; `"norm"`: of the median residual norm."""
-        return self._edit("add", strength, unit)
-
-    def clamp(self, target: float, *, unit: Unit = "raw") -> Edit:
-        """Hold the feature at `target` (unit `"max"`: times its maximum), the SAE's error kept."""
-        return self._edit("clamp", target, unit)
-
-    def ablate(self) -> Edit:
-        """Take the feature's contribution out."""
-        return self._edit("ablate", 0.0, "raw")
-
-    def scale(self, factor: float) -> Edit:
-        """Multiply the feature's activation by `factor`."""
-        return self._edit("scale", factor, "raw")
 
     def _edit(self, kind: Kind, strength: float, unit: Unit) -> Edit:
         catalog = self.catalog

@@ -1,7 +1,7 @@
 """A catalog as a static page: a folder that opens from disk and from any web server.
 
-    index.html, style.css, *.js   the page, the same for every catalog (from `page_files`)
-    data/*.js                     what it shows (see `page_data`)
+index.html, style.css, *.js   the page, the same for every catalog (from `page_files`)
+data/*.js                     what it shows (see `page_data`)
 """
 
 from __future__ import annotations

@@ -88,7 +88,9 @@ class PageData:
         columns = (logits[name].to_pylist() for name in ("token_id", "feature", "rank"))
         for token, feature, rank in zip(*columns, strict=True):
             raised[token] += [feature, rank]
-        words = [[self.catalog.token(i), fires.get(i, []), raised.get(i, [])] for i in sorted({*fires, *raised})]
+        words = [
+            [self.catalog.token(i), fires.get(i, []), raised.get(i, [])] for i in sorted({*fires, *raised})
+        ]
         said = [
             [feature, text]
             for feature, text, method in zip(
@@ -115,7 +117,9 @@ class PageData:
             "mean": _short(feature.mean_activation),
             "contexts": [_context(context, place) for context in feature.contexts],
             "histogram": [[_short(b.low), _short(b.high), b.count] for b in feature.histogram],
-            "tokens": [[t.token, _short(t.mean_activation), t.count, _short(t.share)] for t in feature.top_tokens],
+            "tokens": [
+                [t.token, _short(t.mean_activation), t.count, _short(t.share)] for t in feature.top_tokens
+            ],
             "raised": [[t.token, _short(t.effect)] for t in feature.logits_top],
             "lowered": [[t.token, _short(t.effect)] for t in feature.logits_bottom],
             "neighbours": [[n.feature, _short(n.cosine)] for n in feature.neighbours],

@@ -5,6 +5,7 @@ One commit carries everything, so the hub never shows half a catalog; only the c
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from saekit.catalog.store import Catalog
 
 README = "README.md"
+PART = r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?"
+NAME = re.compile(f"{PART}/{PART}")  # as the hub has it, and with a user
 FILES = [CATALOG, DIRECTIONS, *(f"{name}.parquet" for name in SCHEMAS)]
 
 
@@ -43,9 +46,7 @@ def publish(
     additions.append(CommitOperationAdd(README, card(catalog, repository).encode()))
     try:
         address = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-        api.create_commit(
-            repository, additions, commit_message="Publish the catalog", repo_type="dataset"
-        )
+        api.create_commit(repository, additions, commit_message="Publish the catalog", repo_type="dataset")
     except Exception as error:  # the hub's own errors, and those of whichever HTTP library it uses
         raise InvalidInput(
             f"publish: {api.endpoint} did not take {repository}: {_first_line(error)}. Is the name yours, and are "
@@ -76,15 +77,12 @@ def fetch(repository: str, *, endpoint: str | None = None, token: str | None = N
 
 
 def _check_name(repository: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repository)
-    except (HFValidationError, TypeError) as error:
-        raise InvalidInput(f"repository: {str(repository)[:200]!r} cannot be on the hub: {_first_line(error)}") from error
-    if repository.count("/") != 1:
-        raise InvalidInput(f"repository: expected user/name, got {repository!r}")
+    fits = isinstance(repository, str) and len(repository) <= 96 and NAME.fullmatch(repository)
+    if not fits or "--" in repository or ".." in repository:
+        raise InvalidInput(
+            f"repository: expected user/name of ASCII letters, digits, '-', '_' and '.', at most 96 characters, "
+            f"got {str(repository)[:200]!r}"
+        )
 
 
 def _check_whole(folder: Path) -> None:

@@ -36,7 +36,11 @@ def serve(catalog: Catalog, model: TransformerBridge, *, port: int = 8321) -> No
 
 
 def _listen(port: int) -> socket.socket:
+    if not 0 <= port < 2**16:
+        raise InvalidInput(f"serve: port {port} is not one; expected 0 (any free one) to 65535")
     try:
         return socket.create_server((HOST, port))
-    except (OSError, OverflowError) as error:
-        raise InvalidInput(f"serve: port {port} cannot be used ({error}); name another with --port") from error
+    except OSError as error:
+        raise InvalidInput(
+            f"serve: port {port} cannot be used ({error}); name another with --port"
+        ) from error

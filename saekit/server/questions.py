@@ -43,7 +43,8 @@ class SteerQuestion(_Question):
     seed: int = Field(default=0, ge=0, lt=2**63)
     temperature: float = Field(default=1.0, ge=0, le=100)
     positions: (
-        Literal["all", "prompt", "generated", "last_prompt"] | Annotated[list[Position], Field(max_length=MAX_TEXT)]
+        Literal["all", "prompt", "generated", "last_prompt"]
+        | Annotated[list[Position], Field(max_length=MAX_TEXT)]
     ) = "all"
 
 
@@ -59,5 +60,5 @@ def parsed(kind: type[Question], body: bytes) -> Question:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        mistakes = [(".".join(map(str, e["loc"])) or "body", e["msg"]) for e in error.errors(include_url=False)]
-        raise InvalidInput("; ".join(f"{place}: {message}" for place, message in mistakes[:10])) from error
+        mistakes = [f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors()]
+        raise InvalidInput("; ".join(mistakes[:10])) from error

@@ -99,7 +99,9 @@ class _Live:
         model, sae, site = self.model, self.catalog.sae, self.catalog.site
         ids = model.to_tokens(question.text, truncate=False)
         if ids.shape[1] > model.cfg.n_ctx:
-            raise InvalidInput(f"text: {ids.shape[1]} tokens; the context of the model holds {model.cfg.n_ctx}")
+            raise InvalidInput(
+                f"text: {ids.shape[1]} tokens; the context of the model holds {model.cfg.n_ctx}"
+            )
         with self._lock:
             x = capture(model, [site], ids)[site][0]
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Directions [D] at a site that are not (or not only) a feature's decoder row."""
+"""Directions [D] at a site: from a contrast of prompts, from an SAE's latent, or drawn at random as a control."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from torch import Tensor
 
 from saekit.errors import InvalidInput
 from saekit.sites import capture
-from saekit.steering.edits import Edit
-from saekit.steering.kinds import Unit
+from saekit.steering.edits import Edit, Steerable
+from saekit.steering.kinds import Kind, Unit
 
 if TYPE_CHECKING:
+    from saekit.sae import SAE
     from transformer_lens.model_bridge import TransformerBridge
 
 
 @dataclass(frozen=True, eq=False)
-class Direction:
+class Direction(Steerable):
     """A vector [D] at a site, with a label that says where it came from."""
 
     vector: Tensor = field(repr=False)
     site: str
     label: str = "direction"
+    sae: SAE | None = field(default=None, repr=False)
+    latent: int | None = None
 
     @classmethod
     def from_contrast(cls, model: TransformerBridge, positive: str, negative: str, *, site: str) -> Direction:
@@ -40,9 +43,15 @@ class Direction:
         vector = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
         return cls(vector * (float(like.norm()) / vector.norm()), site, f"random direction {seed}")
 
-    def add(self, strength: float, *, unit: Unit = "raw") -> Edit:
-        """Add strength · vector (unit raw), or strength × the median residual norm along it (unit norm)."""
-        return Edit("add", self.site, self.vector, strength, unit, self.label)
+    @classmethod
+    def from_sae(cls, sae: SAE, latent: int) -> Direction:
+        """A latent's decoder row, without a catalog. Raises `UnknownFeature` for a latent the SAE lacks."""
+        return cls(sae.direction(latent), sae.site, f"feature {latent}", sae, latent)
+
+    def _edit(self, kind: Kind, strength: float, unit: Unit) -> Edit:
+        return Edit(
+            kind, self.site, self.vector, strength, unit, self.label, latent=self.latent, sae=self.sae
+        )
 
 
 def last_activation(model: TransformerBridge, text: str, site: str) -> Tensor:

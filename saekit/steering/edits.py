@@ -14,6 +14,7 @@ delta, so leaving a position out is leaving its delta out, and an edit of streng
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -93,3 +94,27 @@ class Edit:
             else f" {self.strength:g}" + ("" if self.unit == "raw" else f" × {self.unit}")
         )
         return f"{self.kind}{strength} {self.label} at {self.site}"
+
+
+class Steerable(ABC):
+    """What edits can be made from: a catalog's feature, an SAE's latent, a bare direction (which can only be added)."""
+
+    @abstractmethod
+    def _edit(self, kind: Kind, strength: float, unit: Unit) -> Edit: ...
+
+    def add(self, strength: float, *, unit: Unit = "raw") -> Edit:
+        """Add strength · d. unit `"max"`: in multiples of the maximum activation; `"norm"`: strength times the median
+        residual norm, along d."""
+        return self._edit("add", strength, unit)
+
+    def clamp(self, target: float, *, unit: Unit = "raw") -> Edit:
+        """Hold the feature at `target` (unit `"max"`: times its maximum), the SAE's error kept."""
+        return self._edit("clamp", target, unit)
+
+    def ablate(self) -> Edit:
+        """Take the feature's contribution out."""
+        return self._edit("ablate", 0.0, "raw")
+
+    def scale(self, factor: float) -> Edit:
+        """Multiply the feature's activation by `factor`."""
+        return self._edit("scale", factor, "raw")

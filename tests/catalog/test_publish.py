@@ -104,7 +104,9 @@ class Hub:
             return 200, {"files": [{"path": n, "uploadMode": mode[n], "shouldIgnore": False} for n in names]}
         if path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
-            upload = [{**o, "actions": {"upload": {"href": f"{self.endpoint}/lfs/{o['oid']}"}}} for o in objects]
+            upload = [
+                {**o, "actions": {"upload": {"href": f"{self.endpoint}/lfs/{o['oid']}"}}} for o in objects
+            ]
             return 200, {"transfer": "basic", "objects": upload}
         assert "/commit/" in path, path
         for line in map(json.loads, body.splitlines()):
@@ -127,7 +129,11 @@ class Hub:
             ]
         if found := re.search(r"/resolve/[^/]+/(.+)", path):
             return 200, self.files[found[1]]
-        return 200, {"id": REPOSITORY, "sha": self.sha, "siblings": [{"rfilename": name} for name in self.files]}
+        return 200, {
+            "id": REPOSITORY,
+            "sha": self.sha,
+            "siblings": [{"rfilename": name} for name in self.files],
+        }
 
 
 @pytest.fixture
@@ -149,7 +155,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 def folder(model: TransformerBridge, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A catalog of a random SAE over a few lines of text."""
     sae = saekit.SAE.new("topk", d_in=256, d_sae=64, k=8, site="blocks.3.hook_resid_pre", model="tiny")
-    tokens = saekit.tokenize([f"A small boat number {i} sailed past the old harbour." for i in range(12)], model, 32)
+    tokens = saekit.tokenize(
+        [f"A small boat number {i} sailed past the old harbour." for i in range(12)], model, 32
+    )
     folder = tmp_path_factory.mktemp("publish") / "catalog"
     saekit.Catalog.build(model, sae, tokens, folder)
     return folder
@@ -157,7 +165,9 @@ def folder(model: TransformerBridge, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_what_is_published_is_the_folder_and_a_card(hub: Hub, folder: Path) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    address = publish(saekit.Catalog.open(folder), REPOSITORY, private=True, endpoint=hub.endpoint, token=SECRET)
+    address = publish(
+        saekit.Catalog.open(folder), REPOSITORY, private=True, endpoint=hub.endpoint, token=SECRET
+    )
     assert address == f"{hub.endpoint}/datasets/{REPOSITORY}"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     readme = hub.files.pop("README.md")
@@ -216,7 +226,9 @@ def test_what_cannot_be_had_is_missing(hub: Hub) -> None:
         fetch("somebody/nothing", endpoint="http://127.0.0.1:9")  # nobody listens
 
 
-@pytest.mark.parametrize("name", ["alone", "a/b/c", "../a", "a/", "/a", "a b/c", "a--b/c", "x" * 200 + "/a", "a/b\0", ""])
+@pytest.mark.parametrize(
+    "name", ["alone", "a/b/c", "../a", "a/", "/a", "a b/c", "a--b/c", "x" * 200 + "/a", "a/b\0", ""]
+)
 def test_names_that_no_hub_has(folder: Path, name: str) -> None:
     with pytest.raises(InvalidInput, match="repository"):
         publish(saekit.Catalog.open(folder), name)
