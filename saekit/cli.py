@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from saekit.catalog import Catalog
-    from saekit.steering.edits import Edit, Steerable
+    from saekit.steering.edits import Steerable
     from saekit.steering.positions import Positions
 
 
@@ -325,7 +325,7 @@ def _steer(options: argparse.Namespace) -> None:
     from saekit.console import plain
 
     source, model = _steerable_and_model(options)
-    edit = _edit(source, options, options.strength)
+    edit = source.edit(options.kind, options.strength, options.unit)
     side = compare(
         model,
         options.prompt,
@@ -358,7 +358,7 @@ def _sweep(options: argparse.Namespace) -> None:
     rows = sweep(
         model,
         options.prompt,
-        lambda strength: _edit(source, options, strength),
+        lambda strength: source.edit(options.kind, strength, options.unit),
         options.strengths,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
@@ -429,18 +429,6 @@ def _model(options: argparse.Namespace, default: str | None) -> TransformerBridg
     if name is None:
         raise InvalidInput("the SAE does not say which model it belongs to: name it with --model")
     return load_model(name)
-
-
-def _edit(source: Steerable, options: argparse.Namespace, strength: float) -> Edit:
-    if options.kind == "ablate":
-        return source.ablate()
-    if options.kind == "scale":
-        return source.scale(strength)
-    return (
-        source.clamp(strength, unit=options.unit)
-        if options.kind == "clamp"
-        else source.add(strength, unit=options.unit)
-    )
 
 
 if __name__ == "__main__":

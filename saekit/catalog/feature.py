@@ -144,7 +144,7 @@ class Feature(Steerable):
         )
         return rows["text"][best[0]] if best else None
 
-    def _edit(self, kind: Kind, strength: float, unit: Unit) -> Edit:
+    def edit(self, kind: Kind, strength: float = 0.0, unit: Unit = "raw") -> Edit:
         catalog = self.catalog
         return Edit(
             kind,

@@ -78,7 +78,7 @@ class PageData:
 
     def _search(self) -> dict[str, Any]:
         """Per token, flat pairs (feature, share) where features fire on it and (feature, rank) where they raise it."""
-        fires: dict[int, list[float]] = defaultdict(list)
+        fires: dict[int, list[float | None]] = defaultdict(list)
         raised: dict[int, list[int]] = defaultdict(list)
         tokens, logits = self.catalog.table("tokens"), self.catalog.table("logits")
         columns = (tokens[name].to_pylist() for name in ("token_id", "feature", "share"))

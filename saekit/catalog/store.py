@@ -137,7 +137,9 @@ class Catalog:
         return read_table(self.path, "vocabulary")["token"].to_pylist()
 
     def token(self, token_id: int) -> str:
-        """The text of a token id, spaces kept."""
+        """The text of a token id, spaces kept. Raises `InvalidInput` for an id that the vocabulary lacks."""
+        if not 0 <= token_id < len(self._vocabulary):
+            raise InvalidInput(f"{self.path}: token id {token_id} is not in vocabulary.parquet")
         return self._vocabulary[token_id]
 
     def table(self, name: str) -> pa.Table:

@@ -15,6 +15,7 @@ MAX_TEXT = 20_000  # characters
 MAX_EDITS = 16
 MAX_NEW_TOKENS = 256
 MAX_STRENGTH = 1e6
+MAX_POSITIONS = 4096
 MAX_POSITION = 2**20
 
 Position = Annotated[int, Field(ge=0, le=MAX_POSITION)]
@@ -33,7 +34,7 @@ class EditQuestion(_Question):
     def edit(self, catalog: Catalog) -> Edit:
         """Raises `UnknownFeature`, or `InvalidInput` for a unit that the kind does not take."""
         feature = catalog[self.feature]
-        return feature._edit(self.kind, self.strength, self.unit)
+        return feature.edit(self.kind, self.strength, self.unit)
 
 
 class SteerQuestion(_Question):
@@ -44,7 +45,7 @@ class SteerQuestion(_Question):
     temperature: float = Field(default=1.0, ge=0, le=100)
     positions: (
         Literal["all", "prompt", "generated", "last_prompt"]
-        | Annotated[list[Position], Field(max_length=MAX_TEXT)]
+        | Annotated[list[Position], Field(max_length=MAX_POSITIONS)]
     ) = "all"
 
 

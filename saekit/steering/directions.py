@@ -48,7 +48,7 @@ class Direction(Steerable):
         """A latent's decoder row, without a catalog. Raises `UnknownFeature` for a latent the SAE lacks."""
         return cls(sae.direction(latent), sae.site, f"feature {latent}", sae, latent)
 
-    def _edit(self, kind: Kind, strength: float, unit: Unit) -> Edit:
+    def edit(self, kind: Kind, strength: float = 0.0, unit: Unit = "raw") -> Edit:
         return Edit(
             kind, self.site, self.vector, strength, unit, self.label, latent=self.latent, sae=self.sae
         )

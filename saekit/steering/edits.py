@@ -100,21 +100,22 @@ class Steerable(ABC):
     """What edits can be made from: a catalog's feature, an SAE's latent, a bare direction (which can only be added)."""
 
     @abstractmethod
-    def _edit(self, kind: Kind, strength: float, unit: Unit) -> Edit: ...
+    def edit(self, kind: Kind, strength: float = 0.0, unit: Unit = "raw") -> Edit:
+        """An edit of any kind; raises `InvalidInput` for a strength or unit that the kind does not take."""
 
     def add(self, strength: float, *, unit: Unit = "raw") -> Edit:
         """Add strength · d. unit `"max"`: in multiples of the maximum activation; `"norm"`: strength times the median
         residual norm, along d."""
-        return self._edit("add", strength, unit)
+        return self.edit("add", strength, unit)
 
     def clamp(self, target: float, *, unit: Unit = "raw") -> Edit:
         """Hold the feature at `target` (unit `"max"`: times its maximum), the SAE's error kept."""
-        return self._edit("clamp", target, unit)
+        return self.edit("clamp", target, unit)
 
     def ablate(self) -> Edit:
         """Take the feature's contribution out."""
-        return self._edit("ablate", 0.0, "raw")
+        return self.edit("ablate")
 
     def scale(self, factor: float) -> Edit:
         """Multiply the feature's activation by `factor`."""
-        return self._edit("scale", factor, "raw")
+        return self.edit("scale", factor)

@@ -126,8 +126,7 @@ class _Session:
             source: torch.stack([*_contexts(recipe, self.tokenizer, encode(self.tokenizer, some), epochs=1)])
             for source, some in held_out.items()
         }
-        self.model = new_model(recipe, len(self.tokenizer))
-        self.model.to(self.device)
+        self.model = new_model(recipe, len(self.tokenizer), self.device)
         self.parameters = dict(self.model.named_parameters())  # the tied embedding once
         self.optimizer = _optimizer(recipe, self.parameters)
         report(
@@ -324,8 +323,8 @@ class _Clock:
 # The model
 
 
-def new_model(recipe: LanguageModelRecipe, vocabulary: int) -> GPT2LMHeadModel:
-    """GPT-2 with random weights, which depend on the recipe's seed alone."""
+def new_model(recipe: LanguageModelRecipe, vocabulary: int, device: torch.device) -> GPT2LMHeadModel:
+    """GPT-2 with random weights, which depend on the recipe's seed alone: they are drawn on the CPU."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -343,7 +342,8 @@ def new_model(recipe: LanguageModelRecipe, vocabulary: int) -> GPT2LMHeadModel:
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
-        return GPT2LMHeadModel(config)
+        model: Any = GPT2LMHeadModel(config)
+    return model.to(device)
 
 
 def _optimizer(recipe: LanguageModelRecipe, parameters: Mapping[str, Tensor]) -> torch.optim.AdamW:

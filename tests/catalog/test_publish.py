@@ -236,6 +236,18 @@ def test_names_that_no_hub_has(folder: Path, name: str) -> None:
         fetch(name)
 
 
+def test_the_card_makes_the_tables_configurations(folder: Path, tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    catalog = saekit.Catalog.open(folder)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "README.md").write_text(card(catalog, REPOSITORY), "utf-8")
+    for name in ("features", "logits"):
+        rows = load_dataset(str(copy), name, split="train", cache_dir=str(tmp_path / "cache"))
+        assert rows.column_names == SCHEMAS[name].names
+        assert len(rows) == catalog.table(name).num_rows
+
+
 def test_card(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     info = json.loads((copy / CATALOG).read_text("utf-8"))

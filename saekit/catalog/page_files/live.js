@@ -87,7 +87,8 @@ function comparison({ prompt, plain, steered, kl, top_tokens: moved }) {
       make("p", { dir: "auto" }, visible(text.slice(0, known)), make("b", {}, visible(text.slice(known)))),
     );
   };
-  const rows = moved.map(([token, before, after]) => [code(token), bar(percent(before), before), bar(percent(after), after)]);
+  const most = Math.max(...moved.map(([, before, after]) => Math.max(before, after)));
+  const rows = moved.map(([token, ...p]) => [code(token), ...p.map((x) => bar(percent(x), x / most))]);
   return [
     make("div", { className: "pair" }, said("plain", plain), said("steered", steered)),
     make("p", { className: "facts" }, `KL ${short(kl)} nats for the token after the prompt`),
