@@ -213,11 +213,12 @@ def _train(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     from saekit import SAE, evaluate, tokenize
+    from saekit.text import place
 
     sae = SAE.load(options.sae)
     model = _model(options, sae.model_name)
     context = min(int(sae.config.metadata.get("context_size") or 128), model.cfg.n_ctx)
-    metrics = evaluate(model, sae, tokenize(options.text, model, context), max_tokens=options.tokens)
+    metrics = evaluate(model, sae, tokenize(place(options.text), model, context), max_tokens=options.tokens)
     _print_json(metrics) if options.json else _print_metrics(metrics)
 
 
@@ -230,10 +231,11 @@ def _print_metrics(metrics: dict[str, float]) -> None:
 def _catalog_build(options: argparse.Namespace) -> None:
     from saekit import SAE, Catalog, tokenize
     from saekit.console import CatalogProgress
+    from saekit.text import place
 
     sae = SAE.load(options.sae)
     model = _model(options, sae.model_name)
-    tokens = tokenize(options.text, model, options.context_size)
+    tokens = tokenize(place(options.text), model, options.context_size)
     catalog = Catalog.build(
         model, sae, tokens, options.out, max_tokens=options.tokens, contexts=options.contexts,
         progress=CatalogProgress(options.tokens),

@@ -36,6 +36,7 @@ class RunReporter:
         self._every, self._last = every, 0.0
         self._bar: Progress | None = None
         self._task: Any = None
+        self._first: tuple[float, int] | None = None  # when the first figures came, and for which step
 
     def __enter__(self) -> RunReporter:
         return self
@@ -51,9 +52,10 @@ class RunReporter:
         text = _figures(figures)
         if not self._live:
             now = time.monotonic()
+            self._first = self._first or (now, step)
             if step == steps or now - self._last >= self._every:
                 self._last = now
-                self.line(f"  step {step}/{steps}  {text}")
+                self.line(f"  step {step}/{steps}  {text}{self._left(now, step, steps)}")
             return
         if self._bar is None:
             self._bar = Progress(
@@ -66,6 +68,13 @@ class RunReporter:
             self._task = self._bar.add_task("", total=steps, text="")
             self._bar.start()
         self._bar.update(self._task, completed=step, text=text)
+
+    def _left(self, now: float, step: int, steps: int) -> str:
+        assert self._first is not None
+        start, first = self._first
+        if step in (first, steps):
+            return ""
+        return f"  {(now - start) / (step - first) * (steps - step):,.0f} s left"
 
 
 def _figures(figures: dict[str, float]) -> str:

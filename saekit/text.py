@@ -67,6 +67,16 @@ def documents(source: Any, *, field: str = "text") -> Documents:
     )
 
 
+def place(name: str) -> str | Path:
+    """Where a text lies: a path, `"tiny"` or a hub dataset id. For recipes and the command line, where a text itself
+    makes no sense. Raises `FileMissing` for what is none of these."""
+    if name == embedded.NAME:
+        return name
+    if not _is_path(name) and HUB_ID.fullmatch(name) and not name.startswith("."):
+        return name
+    return existing(name, "text")
+
+
 def _chain(items: list[Any], parts: list[Documents | None]) -> Iterator[Document]:
     for item, part in zip(items, parts, strict=True):
         if part is None:

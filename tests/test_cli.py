@@ -120,6 +120,7 @@ def test_a_wrong_call_exits_2(arguments, capsys) -> None:
         (["train", "nowhere.yaml"], "recipe: nowhere.yaml does not exist"),
         (["eval", "nowhere"], "SAE: nowhere does not exist"),
         (["eval", "tiny", "--text", "nowhere.txt"], "text: nowhere.txt does not exist"),
+        (["eval", "tiny", "--text", "nowhere"], "text: nowhere does not exist"),  # not a text of one word
         (["eval", "tiny", "--model", "./nowhere"], "model folder: nowhere does not exist"),
         (["catalog", "show", "tiny", "999999"], "feature 999999: this catalog has features 0 …"),
         (["catalog", "show", "tiny", "-1"], "feature -1"),

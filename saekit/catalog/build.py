@@ -117,7 +117,7 @@ class _Survey:
     def _firings(
         self, x: Tensor, flat: np.ndarray, ids: np.ndarray, documents: np.ndarray, special: np.ndarray
     ) -> None:
-        active = self.sae.encode_active(x.to(self.sae.W_enc.device))
+        active = self.sae.encode_active(x)
         at = flat[active.tokens.cpu().numpy()]
         T = ids.shape[1]
         firings = Firings(

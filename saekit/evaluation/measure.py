@@ -105,13 +105,13 @@ def _one_batch(
         return x
 
     clean = _log_probs(model, sae.site, observe, ids)
-    x_nD = seen[0][kept].float()
+    x_nD = seen[0][kept].to(sae.W_enc.device, torch.float32)
     _reconstruction(sae, x_nD, sums)
     if not faithfulness:
         return
 
     def splice(x: Tensor) -> Tensor:
-        return torch.where(kept[..., None], sae(x).to(x.dtype), x)
+        return torch.where(kept[..., None], sae(x).to(x), x)
 
     def zero(x: Tensor) -> Tensor:
         return torch.where(kept[..., None], torch.zeros_like(x), x)
@@ -165,7 +165,11 @@ def _sum(tensor: Tensor) -> float:
 def _figures(sums: _Sums, faithfulness: bool) -> dict[str, float]:
     s, n = sums.scalars, sums.tokens
     variance = s["x_squared"] - float(sums.x @ sums.x) / n
-    fvu = s["squared_error"] / variance if variance > 0 else float("nan")
+    if variance <= 0:
+        raise InvalidInput(
+            f"evaluate: the {n} activations are all the same, so no share of variance can be told"
+        )
+    fvu = s["squared_error"] / variance
     density = sums.fired.double() / n
     dead = int((sums.fired == 0).sum())
     figures = {

@@ -264,7 +264,7 @@ class SAE(nn.Module):
     def _input(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.d_in,):
             raise InvalidInput(f"expected activations [.., {self.d_in}], got {tuple(x.shape)}")
-        x = x.to(self.W_enc.dtype)
+        x = x.to(self.W_enc.device, self.W_enc.dtype)
         return x - x.mean(-1, keepdim=True) if self.config.center_input else x
 
     def extra_repr(self) -> str:

@@ -14,8 +14,9 @@ from saekit.steering.edits import Edit, Steerable
 from saekit.steering.kinds import Kind, Unit
 
 if TYPE_CHECKING:
-    from saekit.sae import SAE
     from transformer_lens.model_bridge import TransformerBridge
+
+    from saekit.sae import SAE
 
 
 @dataclass(frozen=True, eq=False)

@@ -158,6 +158,6 @@ def _activations(x: Tensor, placed: list[_Placed]) -> dict[tuple[int, int | None
             wanted.setdefault(id(p.edit.sae), (p.edit.sae, []))[1].append(p.edit.latent)
     found: dict[tuple[int, int | None], Tensor] = {}
     for key, (sae, latents) in wanted.items():
-        values = sae.encode_some(x.to(sae.W_enc.device), latents).float().to(x.device)
+        values = sae.encode_some(x, latents).float().to(x.device)
         found |= {(key, latent): values[..., i] for i, latent in enumerate(latents)}
     return found

@@ -7,7 +7,7 @@ from typing import Any
 
 from saekit import embedded
 from saekit.recipe import LanguageModelRecipe, Recipe
-from saekit.text import documents
+from saekit.text import documents, place
 
 ADAM_BYTES = 16  # fp32 weight, gradient and two moments
 
@@ -35,7 +35,7 @@ def _sae(recipe: Recipe) -> dict[str, Any]:
     ]
     for text in texts:
         if text not in on_hub:
-            documents(Path(text) if text != embedded.NAME else text, field=recipe.data.field)
+            documents(place(text), field=recipe.data.field)
             found["checked"].append(f"text {text}")
     found["not_checked"] += [f"text {text} (a hub dataset)" for text in on_hub]
     if local:

@@ -21,12 +21,13 @@ from torch import Tensor
 from saekit.activations import Activations, StreamPosition
 from saekit.errors import Interrupted, InvalidInput
 from saekit.evaluation import evaluate
-from saekit.files import read_json, staged, write_json
+from saekit.files import existing, read_json, staged, write_json
 from saekit.lm import load_model, special_ids
 from saekit.recipe import LanguageModelRecipe, Recipe, parse_recipe, read_recipe, write_recipe
 from saekit.sae import SAE
 from saekit.sae.files import save as save_sae
 from saekit.sites import check_site, site_width
+from saekit.text import place
 from saekit.tokens import Position, Tokens, tokenize
 from saekit.training import checkpoint
 from saekit.training.tracking import SAMPLES, Tracker
@@ -295,8 +296,10 @@ def corpora(recipe: Recipe, model: TransformerBridge) -> tuple[Tokens, Tokens]:
     return base, held_out
 
 
-def _source(text: Any) -> Any:
-    return [Path(part) for part in text] if isinstance(text, tuple) else text
+def _source(text: str | tuple[str, ...] | None) -> Any:
+    if isinstance(text, tuple):
+        return [existing(part, "text") for part in text]
+    return place(text or "")
 
 
 def _metadata(recipe: Recipe, model: TransformerBridge) -> dict[str, Any]:
