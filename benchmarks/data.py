@@ -5,6 +5,7 @@ N activations held, D = d_in, B batch size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -43,10 +44,11 @@ class Batches:
         return Batches(self.held, self.batch_size, max(1, round(self.steps * share)))
 
 
-def corpora(model: TransformerBridge) -> tuple[Tokens, Tokens]:
-    """(endless shuffled training contexts, held-out contexts) of the embedded token shards."""
+def corpora(model: TransformerBridge, evaluate_tokens: int) -> tuple[Tokens, Tensor]:
+    """(endless shuffled training contexts, held-out ids [N, T]) of the embedded token shards."""
     train = tokenize("tiny", model, CONTEXT_SIZE, split="train", held_out=HELD_OUT, shuffle=0, epochs=None)
-    return train, train.with_(split="held_out", shuffle=None, epochs=1)
+    held_out = train.with_(split="held_out", shuffle=None, epochs=1)
+    return train, torch.stack(list(itertools.islice(held_out, -(-evaluate_tokens // CONTEXT_SIZE))))
 
 
 @torch.no_grad()

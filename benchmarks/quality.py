@@ -4,9 +4,11 @@ Both libraries train on the same activations of the embedded model, batch for ba
 (`saekit.evaluate`, on held-out contexts) judges both. Each library gets its best learning rate of one grid,
 climbed from the middle until both neighbours are worse:
 
-    topk       each rate tried gets the whole run, the highest explained variance wins
-    standard   each rate tried gets a quarter of the run with two L1 coefficients, FVU interpolated to the wanted
-               L0; the best rate then gets whole runs until the coefficient gives the wanted L0
+    topk       the highest explained variance wins
+    standard   at each rate the L1 coefficient is corrected until L0 is near the wanted one; the lowest FVU wins,
+               interpolated to exactly that L0, and its coefficient is corrected further
+
+Every try is a whole run unless `--search-share` shortens it: what suits a short run need not suit a long one.
 
 Prints one table and writes it, with all settings and every run, to `benchmarks/results/quality.json`.
 """
@@ -43,11 +45,11 @@ LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 FIRST_RATE = 2e-3
 K = 32
 L0 = 30.0  # wanted of standard
-L0_WITHIN = 0.03  # relative; further off, the run is done again with a better coefficient
-WHOLE_RUNS = 3  # at most, of standard
-SEARCH_SHARE = 0.25  # of the run, for each try of standard's search
+NEAR, CLOSE = 0.25, 0.03  # how far log L0 may be off: while searching, and in the end
+TRIES = 4  # runs to get there, each time
 FIRST_L1 = 3.0
-SLOPE = -1.0  # d log L0 / d log coefficient, until two runs tell
+L1_SLOPE = -1.0  # d log L0 / d log coefficient, until two runs tell
+FVU_SLOPE = -0.7  # d log FVU / d log L0, likewise
 SAME = 1e-3  # relative difference allowed between two readers of one file
 
 
@@ -63,6 +65,14 @@ class Result:
     figures: dict[str, float]
     trained: Trained
 
+    @property
+    def l0(self) -> float:
+        return max(self.figures["l0"], 0.1)  # its logarithm is taken
+
+    @property
+    def fvu(self) -> float:
+        return self.figures["fvu"]
+
     def record(self) -> dict[str, Any]:
         return {"library": self.library, **asdict(self.setting), **self.figures}
 
@@ -73,9 +83,10 @@ class Bench:
     def __init__(self, args: argparse.Namespace, folder: Path, console: Console) -> None:
         self.console, self.folder = console, folder
         self.model: TransformerBridge = saekit.load_model("tiny")
+        self.search_share = args.search_share
+        self.tries = 1 if args.quick else TRIES
         self.rates = (FIRST_RATE,) if args.quick else LEARNING_RATES
-        train, self.held_out = corpora(self.model)
-        self.evaluate_tokens = 4096 if args.quick else 65_536
+        train, self.held_out = corpora(self.model, 4096 if args.quick else 32_768)
         self.batches = materialise(
             self.model, SITE, train, batch_size=args.batch_size, steps=max(8, args.tokens // args.batch_size)
         )
@@ -93,7 +104,7 @@ class Bench:
         )
         self.results: list[Result] = []
 
-    def run(self, library: str, setting: Setting, share: float = 1.0, faithfulness: bool = True) -> Result:
+    def run(self, library: str, setting: Setting, share: float = 1.0) -> Result:
         batches = self.batches.first(share)
         dead_after = max(batches.batch_size, round(self.base.dead_after * share))
         setting = replace(setting, dead_after=dead_after)
@@ -102,9 +113,7 @@ class Bench:
             raise RuntimeError(
                 f"{library}: saekit reads another SAE than was trained: {trained.difference:.1e}"
             )
-        figures = saekit.evaluate(
-            self.model, trained.sae, self.held_out, max_tokens=self.evaluate_tokens, faithfulness=faithfulness
-        )
+        figures = saekit.evaluate(self.model, trained.sae, self.held_out)
         figures["dead_in_training"] = dead_share(trained.sae, self.batches, setting.dead_after)
         figures |= {"steps": batches.steps, "difference": trained.difference}
         result = Result(library, setting, figures, trained)
@@ -119,30 +128,38 @@ class Bench:
 
     def best_topk(self, library: str) -> Result:
         def attempt(lr: float) -> tuple[float, Result]:
-            result = self.run(library, replace(self.base, lr=lr))
-            return result.figures["fvu"], result
+            result = self.run(library, replace(self.base, lr=lr), self.search_share)
+            return result.fvu, result
 
-        return climb(self.rates, FIRST_RATE, attempt)
+        best = climb(self.rates, FIRST_RATE, attempt)
+        return best if self.search_share == 1 else self.run(library, replace(self.base, lr=best.setting.lr))
 
     def best_standard(self, library: str) -> Result:
-        slope = SLOPE
+        l1 = FIRST_L1
 
-        def attempt(lr: float) -> tuple[float, Setting]:
-            nonlocal slope
-            setting = replace(self.base, architecture="standard", lr=lr, l1=FIRST_L1)
-            first = self.run(library, setting, SEARCH_SHARE, faithfulness=False)
-            second = self.run(
-                library, replace(setting, l1=corrected(first, slope)), SEARCH_SHARE, faithfulness=False
-            )
-            slope = log_slope(first, second, slope)
-            return fvu_at(L0, first, second), replace(setting, l1=corrected(second, slope))
+        def attempt(lr: float) -> tuple[float, list[Result]]:
+            nonlocal l1
+            setting = replace(self.base, architecture="standard", lr=lr, l1=l1)
+            runs = self.reach(library, setting, NEAR, [], self.search_share)
+            l1 = min(runs, key=off).setting.l1
+            return fvu_at_wanted_l0(runs), runs
 
-        runs = [self.run(library, climb(self.rates, FIRST_RATE, attempt))]
-        while abs(runs[-1].figures["l0"] / L0 - 1) > L0_WITHIN and len(runs) < WHOLE_RUNS:
-            if len(runs) > 1:
-                slope = log_slope(runs[-2], runs[-1], slope)
-            runs.append(self.run(library, replace(runs[-1].setting, l1=corrected(runs[-1], slope))))
-        return min(runs, key=lambda r: abs(r.figures["l0"] - L0))
+        runs = climb(self.rates, FIRST_RATE, attempt)
+        if self.search_share < 1:
+            runs = [self.run(library, replace(runs[-1].setting, l1=corrected(runs)))]
+        runs = self.reach(library, runs[-1].setting, CLOSE, runs)
+        return min(runs, key=off)
+
+    def reach(
+        self, library: str, setting: Setting, within: float, runs: list[Result], share: float = 1.0
+    ) -> list[Result]:
+        """Further runs, with the coefficient corrected each time, until one has the wanted L0."""
+        runs = list(runs) or [self.run(library, setting, share)]
+        for _ in range(self.tries):
+            if min(map(off, runs)) <= within:
+                break
+            runs.append(self.run(library, replace(setting, l1=corrected(runs)), share))
+        return runs
 
 
 def climb(grid: Sequence[float], start: float, attempt: Callable[[float], tuple[float, Found]]) -> Found:
@@ -158,27 +175,28 @@ def climb(grid: Sequence[float], start: float, attempt: Callable[[float], tuple[
     return min(tried.values(), key=lambda found: found[0])[1]
 
 
-def corrected(result: Result, slope: float) -> float:
-    """The L1 coefficient that should bring L0 to the wanted value, L0 ∝ coefficient^slope."""
-    factor = (L0 / max(result.figures["l0"], 0.1)) ** (1 / slope)
-    return result.setting.l1 * min(4.0, max(0.25, factor))
+def off(result: Result) -> float:
+    """How far L0 is from the wanted one: the size of the logarithm of their ratio."""
+    return abs(math.log(result.l0 / L0))
 
 
-def log_slope(a: Result, b: Result, otherwise: float) -> float:
-    """d log L0 / d log coefficient between two runs, kept within reason."""
-    apart = math.log(a.setting.l1 / b.setting.l1)
-    if abs(apart) < 0.05:
-        return otherwise
-    measured = math.log(max(a.figures["l0"], 0.1) / max(b.figures["l0"], 0.1)) / apart
-    return min(-0.4, max(-3.0, measured))
+def corrected(runs: list[Result]) -> float:
+    """The L1 coefficient that should bring L0 to the wanted value, by the two runs that came nearest."""
+    nearest, *others = sorted(runs, key=off)
+    slope = L1_SLOPE
+    if others:
+        slope = math.log(others[0].l0 / nearest.l0) / math.log(others[0].setting.l1 / nearest.setting.l1)
+    factor = math.pow(L0 / nearest.l0, 1 / min(-0.5, max(-4.0, slope)))
+    return nearest.setting.l1 * min(3.0, max(1 / 3, factor))
 
 
-def fvu_at(l0: float, a: Result, b: Result) -> float:
-    """log FVU interpolated (or extended) along log L0."""
-    (xa, ya), (xb, yb) = ((math.log(r.figures["l0"]), math.log(r.figures["fvu"])) for r in (a, b))
-    if abs(xa - xb) < 0.02:
-        return b.figures["fvu"]
-    return math.exp(yb + (ya - yb) / (xa - xb) * (math.log(l0) - xb))
+def fvu_at_wanted_l0(runs: list[Result]) -> float:
+    """FVU interpolated (or extended) along log L0 through the two runs that came nearest."""
+    nearest, *others = sorted(runs, key=off)
+    slope = FVU_SLOPE
+    if others and others[0].l0 != nearest.l0:
+        slope = math.log(others[0].fvu / nearest.fvu) / math.log(others[0].l0 / nearest.l0)
+    return nearest.fvu * math.pow(L0 / nearest.l0, min(0.0, slope))
 
 
 @torch.no_grad()
@@ -216,7 +234,7 @@ def table_of(pairs: dict[str, list[Result]], seconds: dict[str, dict[str, Any]])
 
 def fvu_ratio(results: list[Result]) -> float:
     """FVU of saekit over that of SAELens; below 1 saekit reconstructs better."""
-    fvu = {result.library: result.figures["fvu"] for result in results}
+    fvu = {result.library: result.fvu for result in results}
     return fvu["saekit"] / fvu["SAELens"]
 
 
@@ -225,6 +243,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1_000_000, help="activations each run trains on")
     parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=2048)
+    parser.add_argument(
+        "--search-share", type=float, default=1.0, help="of the run, for each try of the searches"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of both initialisations")
     parser.add_argument(
         "--architectures", nargs="+", default=["topk", "standard"], choices=["topk", "standard"]

@@ -181,6 +181,25 @@ def write_recipe(path: Path, recipe: Recipe | LanguageModelRecipe) -> None:
     )
 
 
+def differences(old: BaseModel, new: BaseModel, free: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """(key path, old value, new value) wherever two recipes differ, but for the keys and sections in `free`."""
+    one, two = (_flat(recipe.model_dump(mode="json")) for recipe in (old, new))
+    return [
+        (key, one.get(key), two.get(key))
+        for key in sorted(one.keys() | two.keys())
+        if one.get(key) != two.get(key) and not any(key == f or key.startswith(f"{f}.") for f in free)
+    ]
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{path}.{key}" if path else key)
+    return flat
+
+
 def _mistake(kind: type[BaseModel], item: Any) -> str:
     # pydantic puts the chosen architecture after `sae` in the path; the file has no such key
     loc = [

@@ -20,7 +20,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from saekit.errors import Interrupted, InvalidInput, near
 from saekit.files import staged, write_tensors
 from saekit.lm import DTYPES, fast_dtype
-from saekit.recipe import LanguageModelRecipe, read_recipe, write_recipe
+from saekit.recipe import LanguageModelRecipe, differences, read_recipe, write_recipe
 from saekit.text import Ids, documents
 from saekit.tokens import Position, Tokens
 from saekit.training import checkpoint
@@ -50,7 +50,14 @@ Texts = dict[str, list[str]]  # the documents of each file, by the file's name w
 SEPARATOR, SEPARATOR_ID = "<|endoftext|>", 0  # BOS, EOS, and what stands between documents
 LOGITS_AT_ONCE = 256  # positions whose fp32 logits [·, V] are held; a few MB, which a CPU's cache takes
 # What may change between a run and its resumption: how long it is, what it logs, what it keeps.
-FREE_ON_RESUME = {"tokens", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
+FREE_ON_RESUME = (
+    "training.tokens",
+    "training.log_every",
+    "training.evaluate_every",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "wandb",
+)
 
 
 def train_language_model(recipe: LanguageModelRecipe, run: Path, *, resume: bool, report: Report) -> Path:
@@ -64,7 +71,9 @@ def train_language_model(recipe: LanguageModelRecipe, run: Path, *, resume: bool
     after SIGINT or SIGTERM, once a checkpoint is written.
     """
     if run.exists() and not resume and any(run.iterdir()):
-        raise InvalidInput(f"run {run} exists: resume it (--resume), choose another name, or remove the folder")
+        raise InvalidInput(
+            f"run {run} exists: resume it (--resume), choose another name, or remove the folder"
+        )
     recipe = _resolved(recipe, run / "recipe.yaml")
     final, newest = run / "final", checkpoint.newest(run)
     if final.exists() and newest is not None and newest.name == f"step-{recipe.steps}":
@@ -85,26 +94,13 @@ def _resolved(recipe: LanguageModelRecipe, before: Path) -> LanguageModelRecipe:
         device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = recipe.dtype or ("bfloat16" if fast_dtype(device) == torch.bfloat16 else "float32")
     recipe = recipe.model_copy(update={"device": device, "dtype": dtype})
-    changed = [] if earlier is None else sorted(_differences(_what_matters(earlier), _what_matters(recipe)))
+    changed = [] if earlier is None else [key for key, *_ in differences(earlier, recipe, FREE_ON_RESUME)]
     if changed:
         raise InvalidInput(
             f"run {before.parent} was started with another recipe: {', '.join(changed)} "
             "changed; give the new one another name"
         )
     return recipe
-
-
-def _what_matters(recipe: Any) -> dict[str, Any]:
-    return dict(recipe.model_dump(mode="json", exclude={"wandb": True, "training": FREE_ON_RESUME}))
-
-
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """The dotted paths at which two nested values differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in old.keys() | new.keys():
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield path
 
 
 class _Session:
@@ -394,13 +390,13 @@ def write_model(folder: Path, model: GPT2LMHeadModel) -> None:
 def read_texts(recipe: LanguageModelRecipe) -> Texts:
     """The documents of each of the recipe's files."""
     data = recipe.data
-    texts = {
-        Path(path).name.partition(".")[0]: _texts(path, data.field) for path in data.text
-    }
+    texts = {Path(path).name.partition(".")[0]: _texts(path, data.field) for path in data.text}
     named = [*data.repeat, *recipe.language_model.tokenizer.repeat]
     if unknown := [name for name in named if name not in texts]:
         hint = near(unknown[0], texts)
-        raise InvalidInput(f"repeat: {unknown[0]!r} is no file of data.text ({', '.join(texts)}). {hint}".rstrip())
+        raise InvalidInput(
+            f"repeat: {unknown[0]!r} is no file of data.text ({', '.join(texts)}). {hint}".rstrip()
+        )
     return texts
 
 
@@ -426,7 +422,9 @@ def repeated(files: Mapping[str, list[Item]], repeat: Mapping[str, int]) -> list
     return [item for name, items in files.items() for item in items * repeat.get(name, 1)]
 
 
-def _tokenizer(recipe: LanguageModelRecipe, texts: Texts, folder: Path, report: Report) -> PreTrainedTokenizerFast:
+def _tokenizer(
+    recipe: LanguageModelRecipe, texts: Texts, folder: Path, report: Report
+) -> PreTrainedTokenizerFast:
     """The run's tokenizer: the one already there, else trained now."""
     from transformers import PreTrainedTokenizerFast
 
@@ -483,7 +481,11 @@ def _corpus(recipe: LanguageModelRecipe, tokenizer: PreTrainedTokenizerFast, tex
 
 
 def _contexts(
-    recipe: LanguageModelRecipe, tokenizer: PreTrainedTokenizerFast, documents: list[Ids], *, epochs: int | None
+    recipe: LanguageModelRecipe,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: list[Ids],
+    *,
+    epochs: int | None,
 ) -> Tokens:
     """Rows of T + 1 ids: T inputs and, one place on, T targets, so that the last position is trained too."""
     return Tokens(

@@ -23,7 +23,7 @@ from saekit.errors import Interrupted, InvalidInput
 from saekit.evaluation import evaluate
 from saekit.files import existing, read_json, staged, write_json
 from saekit.lm import load_model, special_ids
-from saekit.recipe import LanguageModelRecipe, Recipe, parse_recipe, read_recipe, write_recipe
+from saekit.recipe import LanguageModelRecipe, Recipe, differences, read_recipe, write_recipe
 from saekit.sae import SAE
 from saekit.sae.files import save as save_sae
 from saekit.sites import check_site, site_width
@@ -38,10 +38,15 @@ if TYPE_CHECKING:
 
 RUNS = Path("checkpoints")
 # What may change between a run and its resumption: how long it is, what it logs, what it keeps.
-FREE_ON_RESUME = {
-    "training.tokens", "training.log_every", "training.evaluate_every", "training.evaluate_tokens",
-    "training.checkpoint_every", "training.keep_checkpoints",
-}  # fmt: skip
+FREE_ON_RESUME = (
+    "training.tokens",
+    "training.log_every",
+    "training.evaluate_every",
+    "training.evaluate_tokens",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "wandb",
+)
 
 
 @dataclass(frozen=True)
@@ -329,28 +334,9 @@ def _is_finished(path: Path, recipe: Recipe) -> bool:
 
 
 def _check_same_recipe(path: Path, recipe: Recipe) -> None:
-    import yaml
-
-    before = parse_recipe(
-        yaml.safe_load((path / "recipe.yaml").read_text("utf-8")), str(path / "recipe.yaml")
-    )
-    old, new = _flat(before.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
-    changed = sorted(
-        key
-        for key in old.keys() | new.keys()
-        if old.get(key) != new.get(key) and key not in FREE_ON_RESUME and not key.startswith("wandb.")
-    )
-    if changed:
-        details = "; ".join(f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in changed)
+    before = read_recipe(path / "recipe.yaml")
+    if changed := differences(before, recipe, FREE_ON_RESUME):
+        details = "; ".join(f"{key}: {old!r} then, {new!r} now" for key, old, new in changed)
         raise InvalidInput(
             f"run {path} was started with another recipe ({details}); give the new one another name"
         )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}.{key}" if prefix else key)
-    return flat

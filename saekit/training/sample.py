@@ -101,7 +101,9 @@ def _load(model: str | Path, device: str | None) -> tuple[PreTrainedModel, Any]:
             )
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InvalidInput(f"model {str(model)!r} could not be loaded ({str(error).splitlines()[0]})") from error
+        raise InvalidInput(
+            f"model {str(model)!r} could not be loaded ({str(error).splitlines()[0]})"
+        ) from error
     return lm.to(device).eval(), tokenizer
 
 
@@ -162,7 +164,9 @@ def _by_size(documents: list[Ids], most: int) -> list[list[Ids]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line above; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m saekit.training.sample", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m saekit.training.sample", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("model", help='"tiny", a Hugging Face folder or a hub id')
     parser.add_argument("--tokens", type=int, required=True, help="how many, at least; 2_500_000 is fine")
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
