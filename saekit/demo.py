@@ -33,57 +33,14 @@ T = TypeVar("T")
 
 PROMPT = "Mike pulls out his"
 QUERIES = ("Jedi", "lightsaber")
-STAR_WARS = [
-    "lightsaber",
-    "lightsabers",
-    "blaster",
-    "Jedi",
-    "Sith",
-    "Padawan",
-    "Padawans",
-    "droid",
-    "droids",
-    "starfighter",
-    "starship",
-    "Star",
-    "Clone",
-    "Republic",
-    "Empire",
-    "Imperial",
-    "Galactic",
-    "Rebel",
-    "Alliance",
-    "Wookiee",
-    "Skywalker",
-    "Luke",
-    "Leia",
-    "Vader",
-    "Darth",
-    "Anakin",
-    "Obi",
-    "Kenobi",
-    "Yoda",
-    "Palpatine",
-    "Ahsoka",
-    "Tano",
-    "Mandalorian",
-    "stormtrooper",
-    "stormtroopers",
-    "Force",
-    "Knight",
-    "Master",
-    "Temple",
-    "Order",
-    "Confederacy",
-    "Separatist",
-    "hyperspace",
-]
-STRENGTHS = (
-    0.25,
-    0.5,
-    0.75,
-    1.0,
-)  # of the median residual norm: about half of it is where steering works best
+STAR_WARS = (
+    "lightsaber lightsabers blaster Jedi Sith Padawan Padawans droid droids starfighter starship Star Clone Republic "
+    "Empire Imperial Galactic Rebel Alliance Wookiee Skywalker Luke Leia Vader Darth Anakin Obi Kenobi Yoda Palpatine "
+    "Ahsoka Tano Mandalorian stormtrooper stormtroopers Force Knight Master Temple Order Confederacy Separatist"
+).split()
+# Shares of the median residual norm; about half of it is where texts start to break.
+STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.75)
+ENOUGH = 0.75  # share of continuations that have to speak of Star Wars for a strength to count as working
 CATALOG_TOKENS = 400_000
 SAMPLES, NEW_TOKENS = 8, 24
 
@@ -138,7 +95,7 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     start = time.perf_counter()
     ids = _star_wars_ids(model)
     plain_p = _probability(model, None, ids)
-    feature, strength = _choose(model, hits, ids, plain_p)
+    feature = _choose(model, hits, ids)
     say(
         f"[bold]5. The Jedi feature[/]  {feature.index}, the hit that moves the next token most towards Star Wars"
     )
@@ -151,7 +108,9 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     result_rows = [_measure(model, feature, s, ids) for s in (0.0, *STRENGTHS)]
     say(table(["strength", "P(Star Wars)", "texts with", "perplexity", "random P", "random texts", "random ppl"],
               [_row(r) for r in result_rows]))  # fmt: skip
-    best = next(r for r in result_rows if r["strength"] == strength)
+    best = next((r for r in result_rows if r["share"] >= ENOUGH), result_rows[-1])
+    strength = best["strength"]
+    say(f"   the gentlest strength that turns at least {ENOUGH:.0%} of the texts: {strength:g}")
     examples = best["texts"][:5]
     say(Text(f"   plain    {plain(result_rows[0]['texts'][0])!r}"))
     for text in examples:
@@ -195,20 +154,10 @@ def _probability(model: TransformerBridge, edit: Edit | None, ids: torch.Tensor)
         return float(next_token_probabilities(model, prompt)[ids].sum())
 
 
-def _choose(
-    model: TransformerBridge, hits: list[Feature], ids: torch.Tensor, plain_p: float
-) -> tuple[Feature, float]:
+def _choose(model: TransformerBridge, hits: list[Feature], ids: torch.Tensor) -> Feature:
     """The hit with the largest output effect (Arad 2025: choose features by what they do, not only by what they
-    fire on), and the weakest strength that reaches half of what the strongest reaches."""
-    strongest = {f.index: _probability(model, f.add(STRENGTHS[-1], unit="norm"), ids) for f in hits}
-    feature = max(hits, key=lambda f: strongest[f.index])
-    for strength in STRENGTHS:
-        if (
-            _probability(model, feature.add(strength, unit="norm"), ids) - plain_p
-            >= (strongest[feature.index] - plain_p) / 2
-        ):
-            return feature, strength
-    return feature, STRENGTHS[-1]
+    fire on)."""
+    return max(hits, key=lambda f: _probability(model, f.add(STRENGTHS[-1], unit="norm"), ids))
 
 
 def _measure(
