@@ -50,7 +50,7 @@ TRIES = 4  # runs to get there, each time
 FIRST_L1 = 3.0
 L1_SLOPE = -1.0  # d log L0 / d log coefficient, until two runs tell
 FVU_SLOPE = -0.7  # d log FVU / d log L0, likewise
-SAME = 1e-3  # relative difference allowed between two readers of one file
+SAME = 1e-4  # relative difference allowed between two readers of one file
 
 
 Found = TypeVar("Found")

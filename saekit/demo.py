@@ -5,7 +5,9 @@ Everything shown is computed here and now; the only thing told beforehand is whi
 
 from __future__ import annotations
 
+import re
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PROMPT = "Mike pulls out his"
-QUERIES = ("Jedi", "lightsaber")
+QUERIES = ("Jedi", "lightsaber", "Star Wars")
 STAR_WARS = (
     "lightsaber lightsabers blaster Jedi Sith Padawan Padawans droid droids starfighter starship Star Clone Republic "
     "Empire Imperial Galactic Rebel Alliance Wookiee Skywalker Luke Leia Vader Darth Anakin Obi Kenobi Yoda Palpatine "
@@ -40,9 +42,10 @@ STAR_WARS = (
 ).split()
 # Shares of the median residual norm; about half of it is where texts start to break.
 STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.75)
-ENOUGH = 0.75  # share of continuations that have to speak of Star Wars for a strength to count as working
+ENOUGH = 0.5  # share of continuations that have to speak of Star Wars for a strength to count as working
 CATALOG_TOKENS = 400_000
-SAMPLES, NEW_TOKENS = 8, 24
+MODERATE, CANDIDATES = 0.4, 8
+SAMPLES, NEW_TOKENS = 16, 24
 
 
 def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -85,19 +88,20 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     )
 
     say(f"[bold]4. Search[/]  {' · '.join(QUERIES)}")
-    hits = list({f.index: f for query in QUERIES for f in catalog.search(query, 6)}.values())
+    hits = list({f.index: f for query in QUERIES for f in catalog.search(query, 12)}.values())
     rows = [
         (f.index, f.explanation, f"{f.density:.2%}", ", ".join(t.token for t in f.logits_top[:5]))
-        for f in hits
+        for f in hits[:8]
     ]
     say(table(["feature", "fires on", "density", "raises"], rows))
+    say(f"   … and {len(hits) - len(rows)} more")
 
     start = time.perf_counter()
     ids = _star_wars_ids(model)
     plain_p = _probability(model, None, ids)
     feature = _choose(model, hits, ids)
     say(
-        f"[bold]5. The Jedi feature[/]  {feature.index}, the hit that moves the next token most towards Star Wars"
+        f"[bold]5. The Jedi feature[/]  {feature.index} of {len(hits)} hits: the one whose continuations speak of Star Wars most"
     )
     for context in feature.contexts[:4]:
         say("   ", coloured(context.tokens, context.activations, feature.max_activation))
@@ -110,7 +114,7 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
               [_row(r) for r in result_rows]))  # fmt: skip
     best = next((r for r in result_rows if r["share"] >= ENOUGH), result_rows[-1])
     strength = best["strength"]
-    say(f"   the gentlest strength that turns at least {ENOUGH:.0%} of the texts: {strength:g}")
+    say(f"   the gentlest strength that turns at least half of the texts: {strength:g}")
     examples = best["texts"][:5]
     say(Text(f"   plain    {plain(result_rows[0]['texts'][0])!r}"))
     for text in examples:
@@ -155,9 +159,18 @@ def _probability(model: TransformerBridge, edit: Edit | None, ids: torch.Tensor)
 
 
 def _choose(model: TransformerBridge, hits: list[Feature], ids: torch.Tensor) -> Feature:
-    """The hit with the largest output effect (Arad 2025: choose features by what they do, not only by what they
-    fire on)."""
-    return max(hits, key=lambda f: _probability(model, f.add(STRENGTHS[-1], unit="norm"), ids))
+    """The hit that steers best (Arad 2025: choose features by what they do, not only by what they fire on).
+
+    Of the few that move the next token most, the one whose continuations speak of Star Wars most often at a moderate
+    strength; of equals, the one whose continuations the plain model finds least strange.
+    """
+    strong = sorted(hits, key=lambda f: -_probability(model, f.add(MODERATE, unit="norm"), ids))[:CANDIDATES]
+
+    def quality(feature: Feature) -> tuple[float, float]:
+        texts = _continue(model, feature.add(MODERATE, unit="norm"))
+        return _share(texts), -_perplexity(model, texts)
+
+    return max(strong, key=quality)
 
 
 def _measure(
@@ -171,8 +184,8 @@ def _measure(
         found |= {
             f"{prefix}p": _probability(model, chosen, ids),
             f"{prefix}texts": texts,
-            f"{prefix}share": sum(_speaks_of_star_wars(text) for text in texts) / len(texts),
-            f"{prefix}perplexity": sum(perplexity(model, PROMPT, text) for text in texts) / len(texts),
+            f"{prefix}share": _share(texts),
+            f"{prefix}perplexity": _perplexity(model, texts),
         }
     return found
 
@@ -196,9 +209,15 @@ def _with(model: TransformerBridge, edit: Edit | None) -> Iterator[None]:
             yield
 
 
-def _speaks_of_star_wars(text: str) -> bool:
-    words = set(text.removeprefix(PROMPT).replace(".", " ").replace(",", " ").replace("'", " ").split())
-    return bool(words & set(STAR_WARS))
+def _share(texts: list[str]) -> float:
+    """The share of continuations with a Star Wars word in them."""
+    continuations = (re.findall(r"\w+", text.removeprefix(PROMPT)) for text in texts)
+    return sum(bool(set(words) & set(STAR_WARS)) for words in continuations) / len(texts)
+
+
+def _perplexity(model: TransformerBridge, texts: list[str]) -> float:
+    """The median perplexity of the continuations under the plain model."""
+    return statistics.median(perplexity(model, PROMPT, text) for text in texts)
 
 
 def _row(r: dict[str, Any]) -> tuple[str, ...]:
