@@ -294,7 +294,7 @@ packed; {self.corpus_tokens:,} tokens an epoch.
 matrices, learning rate {config.lr:g} with {config.lr_warmup:.1%} warm-up and a linear decay to \
 {config.lr_end:.1%} over the last {config.lr_decay:.0%}, clip {config.clip_grad_norm:g}, {recipe.dtype} matrix \
 products on {recipe.device}, seed {recipe.seed}.
-- Held-out loss, nats per token: {", ".join(f"{source} {loss:.2f}" for source, loss in best_first)}.
+- Held-out loss, nats per token, BOS not counted: {", ".join(f"{source} {loss:.2f}" for source, loss in best_first)}.
 - Limits: it has seen only the texts named above and shares their biases; for research and teaching.
 """
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from saekit.errors import InvalidInput, SaekitError
 from saekit.files import finite_number
-from saekit.lm import _locate, _quiet_loading, fast_dtype, tokenizer_hash
+from saekit.lm import _first_line, _locate, _quiet_loading, fast_dtype, tokenizer_hash
 from saekit.text import SHARD_SUFFIX, Ids, write_shard
 
 if TYPE_CHECKING:
@@ -101,9 +101,7 @@ def _load(model: str | Path, device: str | None) -> tuple[PreTrainedModel, Any]:
             )
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InvalidInput(
-            f"model {str(model)!r} could not be loaded ({str(error).splitlines()[0]})"
-        ) from error
+        raise InvalidInput(f"model {str(model)!r} could not be loaded ({_first_line(error)})") from error
     return lm.to(device).eval(), tokenizer
 
 

@@ -67,7 +67,7 @@ def test_against_figures_computed_at_once(model, tokens, x, sae) -> None:
     assert figures["l0"] == pytest.approx(float((f != 0).float().sum(1).mean()), rel=1e-5)
     assert figures["dead_latents"] == int((~(f != 0).any(0)).sum())
     ids = torch.stack(list(tokens))
-    log_p = model(ids)[:, :-1].log_softmax(-1)
+    log_p = model(ids)[:, :-1].detach().log_softmax(-1)
     losses = -log_p.gather(2, ids[:, 1:, None])[..., 0][(ids[:, :-1] != 0) & (ids[:, 1:] != 0)]
     assert figures["ce_clean"] == pytest.approx(float(losses.mean()), rel=1e-4)
 

@@ -91,7 +91,8 @@ def train(recipe: LanguageModelRecipe, run: Path, *, resume: bool = False) -> Pa
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """The rows, without the one figure that depends on the clock."""
     return [
-        {key: value for key, value in row.items() if key != "details/tokens_per_second"} for row in read_rows(run)
+        {key: value for key, value in row.items() if key != "details/tokens_per_second"}
+        for row in read_rows(run)
     ]
 
 
@@ -201,7 +202,8 @@ def test_resuming_a_finished_run_changes_nothing(make: Any, tmp_path: Path) -> N
     def sums() -> dict[str, tuple[int, str]]:
         files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
         return {
-            str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files
+            str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+            for path in files
         }
 
     final = train(make(), tmp_path / "run")
@@ -225,7 +227,9 @@ def test_a_run_goes_on_longer_but_not_otherwise(make: Any, tmp_path: Path) -> No
 
 def test_the_learning_rate_rises_stays_and_falls(make: Any, tmp_path: Path) -> None:
     train(make(log_every=1, lr_warmup=0.25, lr_decay=0.5, lr_end=0.1), tmp_path / "run")
-    rates = [r["details/current_learning_rate"] for r in read_rows(tmp_path / "run") if "losses/overall_loss" in r]
+    rates = [
+        r["details/current_learning_rate"] for r in read_rows(tmp_path / "run") if "losses/overall_loss" in r
+    ]
     assert rates[0] == pytest.approx(1e-2 * (0.1 + 0.9 / 6))
     assert rates[5:13] == pytest.approx([1e-2] * 8)
     assert rates[-1] == pytest.approx(1e-2 * (0.1 + 0.9 / 12))
@@ -241,7 +245,9 @@ def test_losses_and_gradients_are_those_of_plain_cross_entropy(make: Any) -> Non
     plain = F.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     torch.testing.assert_close(losses.flatten(), plain)
     for ours, theirs in zip(
-        torch.autograd.grad(losses.mean(), parameters), torch.autograd.grad(plain.mean(), parameters), strict=True
+        torch.autograd.grad(losses.mean(), parameters),
+        torch.autograd.grad(plain.mean(), parameters),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
 
@@ -314,9 +320,13 @@ def test_the_tokenizer_gives_every_text_back(make: Any) -> None:
 def test_mistakes_are_told(make: Any, tmp_path: Path) -> None:
     recipe = make()
     typo = recipe.model_copy(update={"data": recipe.data.model_copy(update={"repeat": {"shor": 2}})})
-    with pytest.raises(InvalidInput, match=r"repeat: 'shor' is no file of data\.text .* Did you mean short\?"):
+    with pytest.raises(
+        InvalidInput, match=r"repeat: 'shor' is no file of data\.text .* Did you mean short\?"
+    ):
         train(typo, tmp_path / "run")
-    nowhere = recipe.model_copy(update={"data": recipe.data.model_copy(update={"held_out_text": "gone.jsonl"})})
+    nowhere = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"held_out_text": "gone.jsonl"})}
+    )
     with pytest.raises(FileMissing, match=r"gone\.jsonl does not exist"):
         train(nowhere, tmp_path / "run")
     assert not (tmp_path / "run").exists()  # nothing is begun that cannot be trained

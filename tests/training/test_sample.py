@@ -78,7 +78,8 @@ def test_rows_end_on_their_own_and_stay_themselves_as_others_end(
     assert [document.tolist() for document in docs] == expected
     lengths = [len(document) for document in docs]
     assert max(lengths) == 23  # some rows fill the context
-    assert sum(length < 23 for length in lengths) > n // 2  # so many end before it that the cache was cut down
+    # so many end before it that the cache was cut down
+    assert sum(length < 23 for length in lengths) > n // 2
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -109,7 +110,9 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "holds token shards already" in capsys.readouterr().err
 
 
-def test_a_model_that_ends_at_once_is_not_asked_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_ends_at_once_is_not_asked_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sample, "_draw", lambda logits, *_: torch.zeros(len(logits), 1, dtype=torch.long))
     with pytest.raises(InvalidInput, match="none of 4 documents has 16 tokens"):
         sample_documents("tiny", 10, 0, tmp_path, rows=4)
