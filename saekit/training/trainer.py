@@ -161,7 +161,11 @@ class Trainer:
 
     @torch.no_grad()
     def _start_from(self, x: Tensor) -> None:
-        """Fit the fresh SAE to its first batch: scale, and for topk b_dec at the geometric median."""
+        """Fit the fresh SAE to its first batch: the scale, and b_dec at the geometric median (Bricken 2023; Gao 2024).
+
+        The April 2024 recipe starts b_dec at 0, which a long run forgives and a short one does not: in scaled units the
+        mean's coordinates are near 1, hundreds of steps away at Adam's rate.
+        """
         if not bool(torch.isfinite(x).all()):
             raise InvalidInput("step: the first batch holds NaN or infinite activations")
         if self.config.normalize == "expected_norm":
@@ -172,8 +176,7 @@ class Trainer:
         sae = self.sae
         sae.W_enc.mul_(self.scale)
         sae.W_dec.div_(self.scale)
-        if sae.architecture == "topk":
-            sae.b_dec.copy_(geometric_median(x))
+        sae.b_dec.copy_(geometric_median(x))
 
     # Exact state, for checkpoints
 

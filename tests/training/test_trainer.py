@@ -75,6 +75,8 @@ def test_scaled_units_are_those_of_plain_adam_on_normalised_data() -> None:
         trainer.step(x)
     s = math.sqrt(D) / x.norm(dim=1).mean().item()
     plain = SAE.new("standard", d_in=D, d_sae=S)
+    with torch.no_grad():
+        plain.b_dec.copy_(geometric_median(s * x))
     adam = torch.optim.Adam(plain.parameters(), lr=1e-2, eps=6.25e-10)
     for _ in range(3):
         f = plain.encode(s * x)
