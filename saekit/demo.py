@@ -1,4 +1,4 @@
-"""The whole story on the embedded model: train an SAE, build its catalog, find the Jedi feature, turn it up.
+"""The whole story on the embedded model: train an SAE, build its catalog, find its Star Wars features, turn one up.
 
 Everything shown is computed here and now; the only thing told beforehand is which words count as Star Wars.
 """
@@ -101,7 +101,7 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     plain_p = _probability(model, None, ids)
     feature = _choose(model, hits, ids)
     say(
-        f"[bold]5. The Jedi feature[/]  {feature.index} of {len(hits)} hits: the one whose continuations speak of Star Wars most"
+        f"[bold]5. Choose[/]  feature {feature.index} of {len(hits)} hits: the one whose continuations speak of Star Wars most"
     )
     for context in feature.contexts[:4]:
         say("   ", coloured(context.tokens, context.activations, feature.max_activation))
