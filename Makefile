@@ -28,11 +28,12 @@ wheel: $(READY)
 
 # Everything that checkpoints/tiny ships, made again from the model: token shards, SAE, catalog.
 tiny: $(READY)
-	$(BIN)/python -m saekit.training.sample tiny --tokens 2_500_000 --out checkpoints/tiny/tokens
+	rm -rf checkpoints/tiny/tokens
+	$(BIN)/python -m saekit.training.sample tiny --tokens 2_000_000 --out checkpoints/tiny/tokens
 	rm -rf checkpoints/tiny-sae
 	$(BIN)/saekit train recipes/tiny_sae.yaml
 	rm -rf checkpoints/tiny/sae && cp -r checkpoints/tiny-sae/final checkpoints/tiny/sae
-	$(BIN)/saekit catalog build checkpoints/tiny/sae --text tiny --tokens 1_000_000 --contexts 10 --out checkpoints/tiny/catalog
+	$(BIN)/saekit catalog build checkpoints/tiny/sae --text tiny --tokens 800_000 --contexts 10 --out checkpoints/tiny/catalog
 
 clean:
 	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache

@@ -50,3 +50,9 @@ def near(name: str, known: Iterable[str], n: int = 5) -> str:
         return ""
     head, last = close[:-1], close[-1]
     return f"Did you mean {', '.join(head)} or {last}?" if head else f"Did you mean {last}?"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line of bounded length."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

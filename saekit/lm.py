@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saekit import embedded
-from saekit.errors import FileMissing, InvalidInput
+from saekit.errors import FileMissing, InvalidInput, first_line
 from saekit.files import existing, read_json
 
 if TYPE_CHECKING:
@@ -43,15 +43,15 @@ def load_model(name: str | Path, *, dtype: str | None = None, device: str | None
     if dtype is not None and dtype not in DTYPES:
         raise InvalidInput(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     chosen = DTYPES[dtype] if dtype else fast_dtype(device)
-    place = _locate(name)
+    place = locate(name)
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
-        with _quiet_loading():
+        with quiet_loading():
             model = TransformerBridge.boot_transformers(str(place), device=device, dtype=chosen)
     except Exception as error:  # hub, config and weight files fail in a dozen ways of their own
         raise InvalidInput(
-            f"model {str(name)!r} could not be loaded: {_first_line(error)}. "
+            f"model {str(name)!r} could not be loaded: {first_line(error)}. "
             'Expected "tiny", a Hugging Face folder, or the id of a causal language model on the hub'
         ) from error
     model.eval()
@@ -60,7 +60,8 @@ def load_model(name: str | Path, *, dtype: str | None = None, device: str | None
     return model
 
 
-def _locate(name: str | Path) -> str | Path:
+def locate(name: str | Path) -> str | Path:
+    """The embedded folder, a local one that holds a model and a tokenizer, or a hub id as it is. Raises `FileMissing`."""
     if str(name) == embedded.NAME and not Path(name).is_dir():
         return embedded.folder("model")
     looks_like_path = (
@@ -95,7 +96,7 @@ def _check_tokenizer(model: TransformerBridge, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Silence the loader's progress bar; a user sees saekit's own lines only."""
     from transformers.utils import logging
 
@@ -106,11 +107,6 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         if was_on:
             logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saekit import embedded
-from saekit.errors import FileMissing, InvalidInput
+from saekit.errors import FileMissing, InvalidInput, first_line
 from saekit.files import existing, read_metadata, read_tensors, write_tensors
 
 Ids = NDArray[np.int32]
@@ -212,7 +212,7 @@ def _from_hub(name: str, field: str) -> Documents:
         except Exception as error:  # datasets raises a dozen kinds; all mean that it is not to be had
             raise FileMissing(
                 f"text: {name!r} is neither a path nor a dataset that the hub gives us "
-                f"({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+                f"({type(error).__name__}: {first_line(error)})"
             ) from error
         return (_field(row, field, f"dataset {name}") for row in stream)
 

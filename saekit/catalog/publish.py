@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from saekit.catalog.card import card
 from saekit.catalog.tables import CATALOG, DIRECTIONS, SCHEMAS, read_table
-from saekit.errors import FileMissing, InvalidInput
+from saekit.errors import FileMissing, InvalidInput, first_line
 from saekit.files import existing, read_tensors
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def publish(
         api.create_commit(repository, additions, commit_message="Publish the catalog", repo_type="dataset")
     except Exception as error:  # the hub's own errors, and those of whichever HTTP library it uses
         raise InvalidInput(
-            f"publish: {api.endpoint} did not take {repository}: {_first_line(error)}. Is the name yours, and are "
+            f"publish: {api.endpoint} did not take {repository}: {first_line(error)}. Is the name yours, and are "
             "you logged in (hf auth login)?"
         ) from error
     return str(address)
@@ -72,7 +72,7 @@ def fetch(repository: str, *, endpoint: str | None = None, token: str | None = N
     except Exception as error:
         raise FileMissing(
             f"catalog {repository!r} is neither a folder here nor a dataset that the hub gives out: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
 
@@ -90,8 +90,3 @@ def _check_whole(folder: Path) -> None:
     for name in SCHEMAS:
         read_table(folder, name)
     read_tensors(existing(folder / DIRECTIONS, "directions"))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300].rstrip(".") if lines else type(error).__name__

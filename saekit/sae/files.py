@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saekit import embedded
-from saekit.errors import FileMissing, InvalidInput, UnknownName, near
+from saekit.errors import FileMissing, InvalidInput, UnknownName, first_line, near
 from saekit.files import (
     existing,
     read_json,
@@ -176,8 +176,9 @@ def load_published(release: str, site: str) -> SAE:
             warnings.simplefilter("ignore")  # its advice concerns its own classes
             published = sae_lens.SAE.from_pretrained(release, site, device="cpu")
     except Exception as error:  # hub, network and conversion errors of a dozen kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise FileMissing(f"release {release!r}, SAE {site!r} could not be fetched: {first}") from error
+        raise FileMissing(
+            f"release {release!r}, SAE {site!r} could not be fetched: {first_line(error)}"
+        ) from error
     where = f"{release}/{site}"
     cfg = published.cfg.to_dict()
     if cfg["architecture"] not in ARCHITECTURES:

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saekit.errors import InvalidInput, SaekitError
+from saekit.errors import InvalidInput, SaekitError, first_line
 from saekit.files import finite_number
-from saekit.lm import _first_line, _locate, _quiet_loading, fast_dtype, tokenizer_hash
+from saekit.lm import fast_dtype, locate, quiet_loading, tokenizer_hash
 from saekit.text import SHARD_SUFFIX, Ids, write_shard
 
 if TYPE_CHECKING:
@@ -91,17 +91,17 @@ def _load(model: str | Path, device: str | None) -> tuple[PreTrainedModel, Any]:
     """The plain Hugging Face model, without the bridge's hooks, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = _locate(model)
+    place = locate(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with _quiet_loading():
+        with quiet_loading():
             # eager: for one query a row, the fused CPU kernel takes three times as long
             lm: Any = AutoModelForCausalLM.from_pretrained(
                 place, dtype=fast_dtype(device), attn_implementation="eager" if device == "cpu" else "sdpa"
             )
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InvalidInput(f"model {str(model)!r} could not be loaded ({_first_line(error)})") from error
+        raise InvalidInput(f"model {str(model)!r} could not be loaded ({first_line(error)})") from error
     return lm.to(device).eval(), tokenizer
 
 
