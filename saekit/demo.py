@@ -9,7 +9,7 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,13 +18,14 @@ import torch
 from rich.text import Text
 
 from saekit import embedded
-from saekit.catalog import Catalog, Feature
+from saekit.catalog import Catalog
 from saekit.console import CatalogProgress, RunReporter, coloured, out, plain, table
 from saekit.lm import load_model
 from saekit.steering.compare import check_prompt, next_token_probabilities
+from saekit.steering.directions import Direction
 from saekit.steering.edits import Edit
 from saekit.steering.steer import steer
-from saekit.steering.sweep import control_of, perplexity
+from saekit.steering.sweep import perplexity
 from saekit.tokens import tokenize
 from saekit.training.run import train
 
@@ -44,8 +45,9 @@ STAR_WARS = (
 STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.75)
 ENOUGH = 0.5  # share of continuations that have to speak of Star Wars for a strength to count as working
 CATALOG_TOKENS = 400_000
-MODERATE, CANDIDATES = 0.4, 8
-SAMPLES, NEW_TOKENS = 16, 24
+MODERATE, SHORT_LIST = 0.4, 8
+CHOOSING, SHOWING = 1, 0  # seeds
+SAMPLES, NEW_TOKENS = 32, 24
 
 
 def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -99,7 +101,12 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     start = time.perf_counter()
     ids = _star_wars_ids(model)
     plain_p = _probability(model, None, ids)
-    feature = _choose(model, hits, ids)
+    chosen = _choose(model, [Direction.from_sae(catalog.sae, f.index) for f in hits], ids)
+    assert chosen.latent is not None
+    feature = catalog[chosen.latent]
+    # The control goes through the same choice: the best of as many random directions.
+    randoms = [Direction.random(feature.direction, catalog.site, seed) for seed in range(len(hits))]
+    control = _choose(model, randoms, ids)
     say(
         f"[bold]5. Choose[/]  feature {feature.index} of {len(hits)} hits: the one whose continuations speak of Star Wars most"
     )
@@ -107,9 +114,9 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         say("   ", coloured(context.tokens, context.activations, feature.max_activation))
 
     say(
-        "[bold]6. Steer[/]  add it at a share of the residual norm; a random direction of the same norm beside it"
+        "[bold]6. Steer[/]  add it at a share of the residual norm; beside it the best of as many random directions"
     )
-    result_rows = [_measure(model, feature, s, ids) for s in (0.0, *STRENGTHS)]
+    result_rows = [_measure(model, chosen, control, s, ids) for s in (0.0, *STRENGTHS)]
     say(table(["strength", "P(Star Wars)", "texts with", "perplexity", "random P", "random texts", "random ppl"],
               [_row(r) for r in result_rows]))  # fmt: skip
     best = next((r for r in result_rows if r["share"] >= ENOUGH), result_rows[-1])
@@ -121,7 +128,7 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         say(Text(f"   steered  {plain(text)!r}"))
     say(Text(f"   random   {plain(best['random_texts'][0])!r}"))
     times["steer"] = time.perf_counter() - start
-    identical = result_rows[0]["texts"] == _continue(model, None) and plain_p == result_rows[0]["p"]
+    identical = result_rows[0]["texts"] == _continue(model, None, SHOWING) and plain_p == result_rows[0]["p"]
     say(f"   strength 0 gives the plain model's probabilities and texts, bit for bit: {identical}")
 
     say("[bold]Times[/]  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items()))
@@ -158,31 +165,35 @@ def _probability(model: TransformerBridge, edit: Edit | None, ids: torch.Tensor)
         return float(next_token_probabilities(model, prompt)[ids].sum())
 
 
-def _choose(model: TransformerBridge, hits: list[Feature], ids: torch.Tensor) -> Feature:
-    """The hit that steers best (Arad 2025: choose features by what they do, not only by what they fire on).
+def _choose(model: TransformerBridge, candidates: Sequence[Direction], ids: torch.Tensor) -> Direction:
+    """The candidate that steers best (Arad 2025: choose features by what they do, not only by what they fire on).
 
     Of the few that move the next token most, the one whose continuations speak of Star Wars most often at a moderate
-    strength; of equals, the one whose continuations the plain model finds least strange.
+    strength; of equals, the one whose continuations the plain model finds least strange. The texts drawn for choosing
+    are not those that are shown: the best of many looks better than it is on the draw that made it the best.
     """
-    strong = sorted(hits, key=lambda f: -_probability(model, f.add(MODERATE, unit="norm"), ids))[:CANDIDATES]
 
-    def quality(feature: Feature) -> tuple[float, float]:
-        texts = _continue(model, feature.add(MODERATE, unit="norm"))
+    def edit(direction: Direction) -> Edit:
+        return direction.add(MODERATE, unit="norm")
+
+    strong = sorted(candidates, key=lambda d: -_probability(model, edit(d), ids))[:SHORT_LIST]
+
+    def quality(direction: Direction) -> tuple[float, float]:
+        texts = _continue(model, edit(direction), seed=CHOOSING)
         return _share(texts), -_perplexity(model, texts)
 
     return max(strong, key=quality)
 
 
 def _measure(
-    model: TransformerBridge, feature: Feature, strength: float, ids: torch.Tensor
+    model: TransformerBridge, chosen: Direction, control: Direction, strength: float, ids: torch.Tensor
 ) -> dict[str, Any]:
-    edit = feature.add(strength, unit="norm")
-    control = control_of(edit)
     found: dict[str, Any] = {"strength": strength}
-    for prefix, chosen in (("", edit), ("random_", control)):
-        texts = _continue(model, chosen)
+    for prefix, direction in (("", chosen), ("random_", control)):
+        edit = direction.add(strength, unit="norm")
+        texts = _continue(model, edit, seed=SHOWING)
         found |= {
-            f"{prefix}p": _probability(model, chosen, ids),
+            f"{prefix}p": _probability(model, edit, ids),
             f"{prefix}texts": texts,
             f"{prefix}share": _share(texts),
             f"{prefix}perplexity": _perplexity(model, texts),
@@ -190,9 +201,9 @@ def _measure(
     return found
 
 
-def _continue(model: TransformerBridge, edit: Edit | None) -> list[str]:
+def _continue(model: TransformerBridge, edit: Edit | None, seed: int) -> list[str]:
     with torch.random.fork_rng(), _with(model, edit):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         texts = model.generate(
             [PROMPT] * SAMPLES, max_new_tokens=NEW_TOKENS, temperature=0.8, stop_at_eos=False, verbose=False
         )
