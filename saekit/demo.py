@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,14 +19,13 @@ import torch
 from rich.text import Text
 
 from saekit import embedded
-from saekit.catalog import Catalog
+from saekit.catalog import Catalog, Feature
 from saekit.console import CatalogProgress, RunReporter, coloured, out, plain, table
 from saekit.lm import load_model
 from saekit.steering.compare import check_prompt, next_token_probabilities
-from saekit.steering.directions import Direction
 from saekit.steering.edits import Edit
 from saekit.steering.steer import steer
-from saekit.steering.sweep import perplexity
+from saekit.steering.sweep import control_of, perplexity
 from saekit.tokens import tokenize
 from saekit.training.run import train
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 T = TypeVar("T")
+Make = Callable[[float], Edit]  # strength → edit
 
 PROMPT = "Mike pulls out his"
 QUERIES = ("Jedi", "lightsaber", "Star Wars")
@@ -101,12 +102,11 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     start = time.perf_counter()
     ids = _star_wars_ids(model)
     plain_p = _probability(model, None, ids)
-    chosen = _choose(model, [Direction.from_sae(catalog.sae, f.index) for f in hits], ids)
-    assert chosen.latent is not None
-    feature = catalog[chosen.latent]
-    # The control goes through the same choice: the best of as many random directions.
-    randoms = [Direction.random(feature.direction, catalog.site, seed) for seed in range(len(hits))]
-    control = _choose(model, randoms, ids)
+    features: list[Make] = [partial(f.add, unit="norm") for f in hits]
+    chosen = _choose(model, features, ids)
+    feature = hits[features.index(chosen)]
+    # The control goes through the same choice: the best of as many random directions of the same norm.
+    control = _choose(model, [partial(_random, feature, seed) for seed in range(len(hits))], ids)
     say(
         f"[bold]5. Choose[/]  feature {feature.index} of {len(hits)} hits: the one whose continuations speak of Star Wars most"
     )
@@ -159,38 +159,38 @@ def _star_wars_ids(model: TransformerBridge) -> torch.Tensor:
     return torch.tensor(sorted({ids[0] for ids in encoded if len(ids) == 1}))
 
 
+def _random(feature: Feature, seed: int, strength: float) -> Edit:
+    return control_of(feature.add(strength, unit="norm"), seed)
+
+
 def _probability(model: TransformerBridge, edit: Edit | None, ids: torch.Tensor) -> float:
     prompt = check_prompt(model, PROMPT, 1)
     with _with(model, edit):
         return float(next_token_probabilities(model, prompt)[ids].sum())
 
 
-def _choose(model: TransformerBridge, candidates: Sequence[Direction], ids: torch.Tensor) -> Direction:
+def _choose(model: TransformerBridge, candidates: Sequence[Make], ids: torch.Tensor) -> Make:
     """The candidate that steers best (Arad 2025: choose features by what they do, not only by what they fire on).
 
     Of the few that move the next token most, the one whose continuations speak of Star Wars most often at a moderate
     strength; of equals, the one whose continuations the plain model finds least strange. The texts drawn for choosing
     are not those that are shown: the best of many looks better than it is on the draw that made it the best.
     """
+    strong = sorted(candidates, key=lambda make: -_probability(model, make(MODERATE), ids))[:SHORT_LIST]
 
-    def edit(direction: Direction) -> Edit:
-        return direction.add(MODERATE, unit="norm")
-
-    strong = sorted(candidates, key=lambda d: -_probability(model, edit(d), ids))[:SHORT_LIST]
-
-    def quality(direction: Direction) -> tuple[float, float]:
-        texts = _continue(model, edit(direction), seed=CHOOSING)
+    def quality(make: Make) -> tuple[float, float]:
+        texts = _continue(model, make(MODERATE), seed=CHOOSING)
         return _share(texts), -_perplexity(model, texts)
 
     return max(strong, key=quality)
 
 
 def _measure(
-    model: TransformerBridge, chosen: Direction, control: Direction, strength: float, ids: torch.Tensor
+    model: TransformerBridge, chosen: Make, control: Make, strength: float, ids: torch.Tensor
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"strength": strength}
-    for prefix, direction in (("", chosen), ("random_", control)):
-        edit = direction.add(strength, unit="norm")
+    for prefix, make in (("", chosen), ("random_", control)):
+        edit = make(strength)
         texts = _continue(model, edit, seed=SHOWING)
         found |= {
             f"{prefix}p": _probability(model, edit, ids),
