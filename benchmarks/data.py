@@ -8,20 +8,42 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import saekit
 from saekit.activations import Activations
-from saekit.tokens import Tokens, tokenize
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
+from saekit.tokens import tokenize
 
 MAX_BYTES = 2 * 2**30  # of activations held; longer runs go round again
 CONTEXT_SIZE = 128
 HELD_OUT = 0.05  # share of documents
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, a site of it, text, and an SAE of a size that suits them."""
+
+    model: str
+    text: str
+    site: str
+    d_sae: int
+    l0: int  # wanted of every SAE
+
+
+SOURCES = {
+    "tiny": Source("tiny", "tiny", "blocks.3.hook_resid_pre", 1024, 32),
+    "stories260k": Source(
+        str(SHARED / "models" / "stories260k"),
+        str(SHARED / "corpora" / "tinystories.jsonl.gz"),
+        "blocks.2.hook_resid_post",
+        1024,
+        16,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -39,27 +61,24 @@ class Batches:
         start = step * self.batch_size % len(self.held)
         return self.held[start : start + self.batch_size].float()
 
-    def first(self, share: float) -> Batches:
-        """A shorter run over the same batches."""
-        return Batches(self.held, self.batch_size, max(1, round(self.steps * share)))
 
+class Data:
+    """What a benchmark on one source needs: the model, the batches, held-out ids [N, T]."""
 
-def corpora(model: TransformerBridge, evaluate_tokens: int) -> tuple[Tokens, Tensor]:
-    """(endless shuffled training contexts, held-out ids [N, T]) of the embedded token shards."""
-    train = tokenize("tiny", model, CONTEXT_SIZE, split="train", held_out=HELD_OUT, shuffle=0, epochs=None)
-    held_out = train.with_(split="held_out", shuffle=None, epochs=1)
-    return train, torch.stack(list(itertools.islice(held_out, -(-evaluate_tokens // CONTEXT_SIZE))))
-
-
-@torch.no_grad()
-def materialise(
-    model: TransformerBridge, site: str, tokens: Tokens, *, batch_size: int, steps: int
-) -> Batches:
-    """Run the model once and keep what its site gives, shuffled as `saekit.Activations` shuffles."""
-    stream = Activations(model, site, tokens, batch_size)
-    row_bytes = stream.width * torch.finfo(model.cfg.dtype).bits // 8
-    held_steps = min(steps, MAX_BYTES // (batch_size * row_bytes))
-    held = torch.empty(held_steps * batch_size, stream.width, dtype=model.cfg.dtype)
-    for step, x in zip(range(held_steps), stream, strict=False):
-        held[step * batch_size : (step + 1) * batch_size] = x
-    return Batches(held, batch_size, steps)
+    def __init__(self, source: Source, *, batch_size: int, steps: int, evaluate_tokens: int) -> None:
+        self.source = source
+        self.model = saekit.load_model(source.model)
+        text = source.text if source.text == "tiny" else Path(source.text)
+        train = tokenize(
+            text, self.model, CONTEXT_SIZE, split="train", held_out=HELD_OUT, shuffle=0, epochs=None
+        )
+        held_out = train.with_(split="held_out", shuffle=None, epochs=1)
+        self.held_out = torch.stack(list(itertools.islice(held_out, -(-evaluate_tokens // CONTEXT_SIZE))))
+        stream = Activations(self.model, source.site, train, batch_size)
+        self.d_in = stream.width
+        row_bytes = stream.width * torch.finfo(self.model.cfg.dtype).bits // 8
+        held_steps = min(steps, MAX_BYTES // (batch_size * row_bytes))
+        held = torch.empty(held_steps * batch_size, stream.width, dtype=self.model.cfg.dtype)
+        for step, x in zip(range(held_steps), stream, strict=False):
+            held[step * batch_size : (step + 1) * batch_size] = x
+        self.batches = Batches(held, batch_size, steps)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from saekit.evaluation import evaluate as evaluate
     from saekit.lm import load_model as load_model
     from saekit.sae import SAE as SAE
+    from saekit.sae.releases import releases as releases
     from saekit.steering.compare import compare as compare
     from saekit.steering.directions import Direction as Direction
     from saekit.steering.edits import Edit as Edit
@@ -28,6 +29,7 @@ _PLACES = {
     "tokenize": "saekit.tokens",
     "Activations": "saekit.activations",
     "SAE": "saekit.sae",
+    "releases": "saekit.sae.releases",
     "Trainer": "saekit.training.trainer",
     "train": "saekit.training.run",
     "evaluate": "saekit.evaluation",

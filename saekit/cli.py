@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from saekit.catalog import Catalog
+    from saekit.evaluation.probing import Probe
+    from saekit.sae.releases import PublishedSAE, Release
     from saekit.steering.edits import Steerable
     from saekit.steering.positions import Positions
+    from saekit.training.run import Sweep
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,14 +60,19 @@ def _parser() -> argparse.ArgumentParser:
 
     train = _command(commands, "train", _train, "train what a recipe describes")
     train.add_argument("recipe")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. sae.d_sae=2048")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. sae.d_sae=2048 sae.1.k=8")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     train.add_argument("--dry-run", action="store_true", help="check the recipe and say what it would do")
 
-    evaluate = _command(commands, "eval", _eval, "evaluate an SAE on text")
-    evaluate.add_argument("sae")
+    evaluate = _command(commands, "eval", _eval, "evaluate one or several SAEs on text")
+    evaluate.add_argument("saes", nargs="+", metavar="sae", help="a folder, or what SAE.load takes")
     evaluate.add_argument("--text", default="tiny", help="text to evaluate on (default: the embedded shards)")
     evaluate.add_argument("--tokens", type=_count, default=65_536, help="how many (default: 65536)")
+    evaluate.add_argument("--out", metavar="DIR", help="folder for the figures and the pictures")
+    evaluate.add_argument(
+        "--probe", action="append", default=[], metavar="PATH",
+        help="texts with labels (.csv, .json, .jsonl or a folder of .json) to probe; may be repeated",
+    )  # fmt: skip
     _model_option(evaluate)
 
     _catalog_commands(commands)
@@ -76,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     sweep = _command(commands, "sweep", _sweep, "one edit at several strengths, a random control beside")
     _steering_options(sweep)
     sweep.add_argument("--strengths", type=_numbers, required=True, help="e.g. 0,2,4,8")
+
+    published = _command(commands, "releases", _releases, "published SAEs by name, model, repository or site")
+    published.add_argument("query", nargs="*", help="words; or a release's exact name, to list its SAEs")
+    published.add_argument("--limit", type=_count, default=20, help="rows (default: 20)")
 
     serve = _command(commands, "serve", _serve, "the page with a live model behind it, on 127.0.0.1")
     serve.add_argument("catalog")
@@ -201,31 +213,138 @@ def _train(options: argparse.Namespace) -> None:
             final = train_language_model(recipe, run, resume=options.resume, report=reporter.line)
             _print_json({"path": str(final)}) if options.json else print(final)
             return
-        from saekit.training.run import train
+        from saekit.training.run import Run, train
 
         result = train(recipe, resume=options.resume, reporter=reporter)
-    if options.json:
-        _print_json({"path": str(result.path), "metrics": result.metrics})
+    if isinstance(result, Run):
+        if options.json:
+            _print_json({"path": str(result.path), "metrics": result.metrics})
+        else:
+            print(f"{result.path / 'final'}")
+            _print_metrics(result.metrics)
+    elif options.json:
+        saes = [
+            {"name": name, "path": str(run.path), "metrics": run.metrics}
+            for name, run in zip(result.names, result, strict=True)
+        ]
+        _print_json({"path": str(result.path), "saes": saes})
     else:
-        print(f"{result.path / 'final'}")
-        _print_metrics(result.metrics)
+        print(result.path)
+        _print_sweep(result)
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from saekit import SAE, evaluate, tokenize
+    from saekit import SAE, tokenize
+    from saekit.console import plain
+    from saekit.evaluation.labelled import read_labelled
+    from saekit.evaluation.measure import Evaluation, assess
+    from saekit.evaluation.probing import probe, probe_figures
+    from saekit.evaluation.report import check_report_folder, distinct_names, write_report
     from saekit.text import place
 
-    sae = SAE.load(options.sae)
-    model = _model(options, sae.model_name)
-    context = min(int(sae.config.metadata.get("context_size") or 128), model.cfg.n_ctx)
-    metrics = evaluate(model, sae, tokenize(place(options.text), model, context), max_tokens=options.tokens)
-    _print_json(metrics) if options.json else _print_metrics(metrics)
+    if options.out:
+        check_report_folder(options.out)
+    text = place(options.text)
+    labelled = {Path(path).stem: read_labelled(path) for path in options.probe}
+    saes = dict(zip(distinct_names(options.saes), map(SAE.load, options.saes), strict=True))
+    contexts = [int(sae.config.metadata.get("context_size") or 128) for sae in saes.values()]
+    models: dict[str | None, TransformerBridge] = {}
+    evaluations, probes = {}, {}
+    for name, sae in saes.items():
+        if len(saes) > 1:
+            print(f"  {plain(name)}", file=sys.stderr)
+        model = models.get(sae.model_name) or _model(options, sae.model_name)
+        models[sae.model_name] = model
+        tokens = tokenize(text, model, min(*contexts, model.cfg.n_ctx))
+        made = assess(model, sae, tokens, max_tokens=options.tokens)
+        probes[name] = {texts: probe(model, sae, found) for texts, found in labelled.items()}
+        means = {
+            f"probe/{texts}/{key}": value
+            for texts, found in probes[name].items()
+            for key, value in probe_figures(found).items()
+        }
+        evaluations[name] = Evaluation(made.figures | means, made.density)
+    if options.out:
+        write_report(options.out, evaluations, probes if labelled else {})
+    figures = {name: evaluation.figures for name, evaluation in evaluations.items()}
+    if len(figures) > 1:
+        _print_json(figures) if options.json else _print_evaluations(figures)
+    else:
+        (only,) = figures.values()
+        _print_json(only) if options.json else _print_metrics(only)
+    if not options.json:
+        if labelled:
+            _print_probes(probes)
+        if options.out:
+            print(options.out)
 
 
 def _print_metrics(metrics: dict[str, float]) -> None:
     from saekit.console import out, table
 
-    out.print(table(["metric", "value"], [(name, f"{value:.5g}") for name, value in metrics.items()]))
+    rows = [
+        (name, f"{value:.5g}", _interval(metrics, name))
+        for name, value in metrics.items()
+        if name.rpartition("_")[2] not in ("low", "high") and not name.startswith("probe/")
+    ]
+    out.print(table(["metric", "value", "95 %"], rows))
+
+
+def _print_evaluations(evaluations: dict[str, dict[str, float]]) -> None:
+    from saekit.console import out, table
+
+    names = {
+        "l0": "L0", "explained_variance": "explained variance", "ce_recovered": "CE recovered",
+        "kl_recovered": "KL recovered", "dead": "dead",
+    }  # fmt: skip
+    intervals = {name for name in names for made in evaluations.values() if f"{name}_low" in made}
+    columns = ["SAE"]
+    rows = [[sae] for sae in evaluations]
+    for name, title in names.items():
+        columns += [title, "95 %"] if name in intervals else [title]
+        for row, made in zip(rows, evaluations.values(), strict=True):
+            row += [f"{made[name]:.4g}" if name in made else ""]
+            row += [_interval(made, name)] if name in intervals else []
+    out.print(table(columns, rows))
+
+
+def _print_probes(probes: dict[str, dict[str, list[Probe]]]) -> None:
+    from saekit.console import out, table
+
+    some = next(iter(next(iter(probes.values())).values()))[0]
+    columns = ["SAE", "texts", "concept", *(f"k = {k}" for k in some.by_k), "all activations", "larger class"]
+    rows = [
+        (
+            sae,
+            texts,
+            concept.concept,
+            *(f"{score.accuracy:.3f}" for score in concept.by_k.values()),
+            f"{concept.activations.accuracy:.3f}",
+            f"{concept.majority:.3f}",
+        )
+        for sae, sets in probes.items()
+        for texts, found in sets.items()
+        for concept in found
+    ]
+    out.print("\naccuracy of probes on k latents")
+    out.print(table(columns, rows))
+
+
+def _interval(made: dict[str, float], name: str) -> str:
+    return f"{made[f'{name}_low']:.3g}…{made[f'{name}_high']:.3g}" if f"{name}_low" in made else ""
+
+
+def _print_sweep(sweep: Sweep) -> None:
+    from saekit.console import out, table
+
+    columns = {
+        "L0": "l0", "explained variance": "explained_variance", "CE recovered": "ce_recovered", "dead": "dead"
+    }  # fmt: skip
+    rows = [
+        (name, run.sae.architecture, run.sae.d_sae, *(f"{run.metrics[key]:.4g}" for key in columns.values()))
+        for name, run in zip(sweep.names, sweep, strict=True)
+    ]
+    out.print(table(["name", "architecture", "d_sae", *columns], rows))
 
 
 def _catalog_build(options: argparse.Namespace) -> None:
@@ -385,6 +504,58 @@ def _sweep(options: argparse.Namespace) -> None:
     out.print(table(columns, cells))
 
 
+def _releases(options: argparse.Namespace) -> None:
+    from saekit.console import err, out, table
+    from saekit.sae.releases import releases
+
+    query = " ".join(options.query)
+    found = releases(query)
+    listed = found[0].saes if [release.name for release in found] == [query] else None
+    shown, total = found[: options.limit], len(found if listed is None else listed)
+    if options.json:
+        _print_json([_release_record(release, (listed or ())[: options.limit]) for release in shown])
+        return
+    if listed is not None:
+        columns = ["id", "site", "L0", "explained variance", "neuronpedia"]
+        rows: list[tuple[object, ...]] = [
+            (
+                sae.id,
+                sae.site or "",
+                _or_blank(sae.l0),
+                _or_blank(sae.explained_variance),
+                sae.neuronpedia or "",
+            )
+            for sae in listed[: options.limit]
+        ]
+    else:
+        columns = ["release", "model", "SAEs", "reads", "repository"]
+        rows = [(r.name, r.model, len(r.saes), _kinds(r.sites), r.repo_id) for r in shown]
+    out.print(table(columns, rows) if rows else "nothing found")
+    if total > options.limit:
+        err.print(f"{total - options.limit} more: --limit {total}")
+
+
+def _release_record(release: Release, saes: Sequence[PublishedSAE]) -> dict[str, Any]:
+    record = {
+        "release": release.name,
+        "model": release.model,
+        "repo_id": release.repo_id,
+        "count": len(release.saes),
+        "sites": release.sites,
+        "supported": release.supported,
+    }
+    return record | ({"saes": [asdict(sae) for sae in saes]} if saes else {})
+
+
+def _kinds(sites: Sequence[str]) -> str:
+    """Sites without their blocks, each kind once."""
+    return ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", site) for site in sites))
+
+
+def _or_blank(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
 def _serve(options: argparse.Namespace) -> None:
     from saekit.server.app import serve
 
@@ -403,9 +574,9 @@ def _catalog_and_model(options: argparse.Namespace) -> tuple[Catalog, Transforme
 
 def _steerable_and_model(options: argparse.Namespace) -> tuple[Steerable, TransformerBridge]:
     """The feature of a catalog, or the latent of an SAE folder or of a published `release/site`."""
-    published = re.fullmatch(r"([^/]+)/((?:blocks\.\d+\.|hook_|ln_final\.|embed\.).+)", options.catalog)
-    folder = Path(options.catalog)
-    if not (folder / "cfg.json").is_file() and (folder.exists() or not published):
+    from saekit.sae.files import names_sae
+
+    if not names_sae(options.catalog):
         from saekit import Catalog
 
         feature = Catalog.open(options.catalog)[
@@ -416,8 +587,7 @@ def _steerable_and_model(options: argparse.Namespace) -> tuple[Steerable, Transf
         return feature, model
     from saekit import SAE, Direction
 
-    release, site = published.groups() if published and not folder.exists() else (options.catalog, None)
-    sae = SAE.load(release, site)
+    sae = SAE.load(options.catalog)
     direction = Direction.from_sae(sae, options.feature)
     model = _model(options, sae.model_name)
     sae.check_fits(model)

@@ -78,6 +78,10 @@ class RunReporter:
 
 
 def _figures(figures: dict[str, float]) -> str:
+    rate = f"{figures['tokens_per_second']:,.0f} tok/s"
+    if "saes" in figures:
+        low, high = figures["explained_variance_low"], figures["explained_variance_high"]
+        return f"{figures['saes']} SAEs  EV {low:.3f} … {high:.3f}  dead up to {figures['dead']:.1%}  {rate}"
     parts = [f"loss {figures['loss']:.4g}"]
     if "l0" in figures:
         parts += [
@@ -85,7 +89,7 @@ def _figures(figures: dict[str, float]) -> str:
             f"EV {figures['explained_variance']:.3f}",
             f"dead {figures['dead']:.1%}",
         ]
-    return "  ".join([*parts, f"{figures['tokens_per_second']:,.0f} tok/s"])
+    return "  ".join([*parts, rate])
 
 
 class CatalogProgress:

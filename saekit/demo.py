@@ -27,7 +27,7 @@ from saekit.steering.edits import Edit
 from saekit.steering.steer import steer
 from saekit.steering.sweep import control_of, perplexity
 from saekit.tokens import tokenize
-from saekit.training.run import train
+from saekit.training.run import Run, train
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -69,6 +69,7 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         trained = _timed(
             times, "train", lambda: train(recipe, model=model, runs=out_folder, reporter=reporter)
         )
+    assert isinstance(trained, Run)  # one SAE, not a list
     m = trained.metrics
     say(
         f"   held out: L0 {m['l0']:.1f}, explained variance {m['explained_variance']:.3f}, "

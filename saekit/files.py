@@ -2,15 +2,24 @@
 
 Readers turn every broken file into one `InvalidInput` that names it. `staged` builds a folder beside
 its final place and swaps it in with a rename, so a reader sees the old folder or the new one.
+
+Two kinds of names beside a folder belong to writing it, and a killed process leaves them behind:
+
+    folder.tmp-<pid>   rubbish: half built, or half removed
+    folder.old-<pid>   whole: the folder before, while the new one takes its place
+
+So without `folder` its `.old-` is what was there, and with it both kinds may go (`clear_leftovers`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +33,7 @@ from torch import Tensor
 from saekit.errors import FileMissing, InvalidInput
 
 MAX_JSON_BYTES = 16 * 2**20
+LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-[0-9]+")
 
 
 def existing(path: str | os.PathLike[str], what: str) -> Path:
@@ -97,7 +107,14 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
+    """A safetensors file. Raises OSError where it cannot be written, as every other writer does."""
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        if found := re.search(r"\(os error ([0-9]+)\)", str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
     path.chmod(0o644)  # safetensors leaves 0600, which a shared folder cannot use
 
 
@@ -119,11 +136,61 @@ def finite_number(value: float, name: str) -> float:
 
 
 def fsync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network file systems know no fsync of folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file that is, at any moment, the old one or the new one."""
+    building = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        building.write_text(text, "utf-8")
+        fsync(building)
+        building.replace(path)
+        fsync(path.parent)
+    except BaseException:
+        building.unlink(missing_ok=True)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; a kill midway leaves nothing under its name. Raises OSError if it has to stay."""
+    doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    _delete(doomed)
+    path.rename(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.is_symlink() or path.exists():
+        path.unlink()
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Undo what killed processes left in `folder`. Nobody may be writing there.
+
+    An `x.old-<pid>` without `x` was about to be replaced when its process died: it is whole, and becomes `x` again.
+    """
+    found = [(path, match) for path in folder.iterdir() if (match := LEFTOVER.fullmatch(path.name))]
+    for path, match in found:
+        if match["kind"] == "tmp":
+            _delete(path)
+    whole = [(path, path.with_name(match["name"])) for path, match in found if match["kind"] == "old"]
+    for path, place in sorted(whole, key=lambda pair: pair[0].stat().st_mtime_ns, reverse=True):
+        if place.exists():
+            remove(path)
+        else:
+            path.rename(place)
+            fsync(folder)
 
 
 @contextlib.contextmanager
@@ -133,9 +200,10 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     retired = folder.with_name(f"{folder.name}.old-{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
+    _retire(retired, folder)  # of a killed process that had this pid: in a container it is always the same
+    _delete(building)
     try:
+        building.mkdir()
         yield building
         for path in sorted(building.rglob("*")):
             fsync(path)
@@ -145,8 +213,19 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
         building.rename(folder)
         fsync(folder.parent)
     except BaseException:
-        if retired.exists() and not folder.exists():
-            retired.rename(folder)
-        shutil.rmtree(building, ignore_errors=True)
+        _retire(retired, folder)
+        _delete(building)
         raise
-    shutil.rmtree(retired, ignore_errors=True)
+    with contextlib.suppress(
+        OSError
+    ):  # the new folder is in place and durable; `clear_leftovers` has another try
+        _retire(retired, folder)
+
+
+def _retire(retired: Path, folder: Path) -> None:
+    """What `folder` was goes, or becomes it again where there is none."""
+    if retired.exists():
+        if folder.exists():
+            remove(retired)
+        else:
+            retired.rename(folder)

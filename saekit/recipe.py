@@ -1,6 +1,6 @@
 """Recipes: one YAML file per run, validated so that every mistake is listed at once with its path.
 
-A recipe trains a sparse autoencoder (`sae:`) or, rarely, a small language model (`language_model:`).
+A recipe trains sparse autoencoders (`sae:`, one or a list) or, rarely, a small language model (`language_model:`).
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from saekit.errors import InvalidInput, near
 from saekit.files import existing
+from saekit.members import MANY, ONE, SECTIONS, SHARED, Member, Name, Sections, Seed, Site, members
 from saekit.training.config import Count, Positive, Share, TrainingConfig
 from saekit.training.tracking import WandbConfig
 
 MAX_RECIPE_BYTES = 1 << 20
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
 class Section(BaseModel):
@@ -36,27 +36,6 @@ class DataSection(Section):
     held_out_text: str | tuple[str, ...] | None = None  # or a text of its own
 
 
-class StandardSection(Section):
-    architecture: Literal["standard"]
-    d_sae: Count
-
-
-class TopKSection(Section):
-    architecture: Literal["topk"]
-    d_sae: Count
-    k: Count
-
-    @model_validator(mode="after")
-    def _k_within_d_sae(self) -> TopKSection:
-        if self.k > self.d_sae:
-            raise ValueError(f"k = {self.k} is more than d_sae = {self.d_sae}")
-        return self
-
-
-SAES: dict[str, type[BaseModel]] = {"standard": StandardSection, "topk": TopKSection}
-SAESection = Annotated[StandardSection | TopKSection, Field(discriminator="architecture")]
-
-
 class Recipe(Section):
     """A run that trains a sparse autoencoder."""
 
@@ -65,11 +44,31 @@ class Recipe(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the language model; None: measured
     device: str | None = None
     data: DataSection
-    site: str
-    sae: SAESection
+    site: Site | None = None  # read by every SAE that names none of its own; a list is a crosscoder's
+    sae: Sections
     training: TrainingConfig = TrainingConfig()
     wandb: WandbConfig = WandbConfig()
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _members_make_sense(self) -> Recipe:
+        _ = self.members
+        return self
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether `sae` is a list, be it of one."""
+        return isinstance(self.sae, tuple)
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The SAEs it trains, with the recipe's values where they have none of their own."""
+        return members(self.sae, self.site, self.seed, self.training)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """All the sites that its SAEs read and write, each once."""
+        return tuple(dict.fromkeys(site for member in self.members for site in member.all_sites))
 
 
 class TokenizerSection(Section):
@@ -131,7 +130,7 @@ class LanguageModelRecipe(Section):
     data: LanguageModelData
     training: LanguageModelTraining
     wandb: WandbConfig = WandbConfig()
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
 
     @property
     def tokens_per_step(self) -> int:
@@ -167,7 +166,7 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe | Languag
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        lines = [_mistake(kind, item) for item in error.errors()]
+        lines = [line for item in error.errors() for line in _mistake(kind, item).splitlines()]
         count = f"{len(lines)} mistakes" if len(lines) > 1 else "1 mistake"
         raise InvalidInput(
             "\n".join([f"recipe {where}: {count}", *(f"  {line}" for line in lines)])
@@ -192,6 +191,8 @@ def differences(old: BaseModel, new: BaseModel, free: Sequence[str]) -> list[tup
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = dict(enumerate(value))
     if not isinstance(value, dict):
         return {path: value}
     flat: dict[str, Any] = {}
@@ -201,27 +202,40 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def _mistake(kind: type[BaseModel], item: Any) -> str:
-    # pydantic puts the chosen architecture after `sae` in the path; the file has no such key
-    loc = [
-        part
-        for i, part in enumerate(item["loc"])
-        if not (i == 1 and item["loc"][0] == "sae" and part in SAES)
-    ]
-    path = ".".join(str(part) for part in loc)
+    loc, section = _place(item["loc"])
+    path = ".".join(map(str, loc))
     if item["type"] == "extra_forbidden":
-        hint = near(str(loc[-1]), _fields_at(kind, item["loc"][:-1]))
+        hint = near(str(loc[-1]), _fields_at(section or kind, loc[:-1]))
         return f"{path}: unknown key. {hint}".rstrip()
     if item["type"] == "missing":
         return f"{path}: missing"
     text = item["msg"].removeprefix("Value error, ")
-    return f"{path}: {text} (got {item['input']!r:.80})" if path else text
+    if not path:  # of the whole recipe: the text says where
+        return text
+    return f"{path}: {text} (got {item['input']!r:.80})"
+
+
+def _place(loc: Sequence[Any]) -> tuple[list[Any], type[BaseModel] | None]:
+    """(a mistake's path as the file has it, the section of an SAE that it lies in).
+
+    Pydantic puts into the path which branch of a union was taken: one or several, and the architecture.
+    """
+    path = [part for part in loc if part not in (ONE, MANY)]
+    at = 2 if len(path) > 1 and isinstance(path[1], int) else 1
+    if path[:1] == ["sae"] and len(path) > at and path[at] in SECTIONS:
+        return path[:at] + path[at + 1 :], SECTIONS[path[at]]
+    return path, None
 
 
 def _fields_at(kind: type[BaseModel], loc: Sequence[Any]) -> list[str]:
+    if loc[:1] == ["sae"]:  # `kind` is the SAE's section already
+        return (
+            sorted(TrainingConfig.model_fields.keys() - SHARED)
+            if loc[-1] == "training"
+            else [*kind.model_fields]
+        )
     for part in loc:
-        if part in SAES:
-            kind = SAES[part]
-        elif isinstance(inner := getattr(kind.model_fields.get(str(part)), "annotation", None), type):
+        if isinstance(inner := getattr(kind.model_fields.get(str(part)), "annotation", None), type):
             kind = inner if issubclass(inner, BaseModel) else kind
     return list(kind.model_fields)
 
@@ -231,15 +245,29 @@ def _override(raw: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise InvalidInput(f"override {text!r}: expected key=value, e.g. sae.d_sae=2048")
     *parents, last = key.split(".")
-    place = raw
+    place: Any = raw
     for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
+        if isinstance(place, list):
+            place = place[_index(place, parent, text)]
+        else:
+            place = place.setdefault(parent, {})
+        if not isinstance(place, (dict, list)):
             raise InvalidInput(f"override {text!r}: {parent!r} holds a value, not a section")
     try:
-        place[last] = yaml.load(value, Loader=_StrictLoader)
+        place[_index(place, last, text) if isinstance(place, list) else last] = yaml.load(
+            value, Loader=_StrictLoader
+        )
     except yaml.YAMLError as error:
         raise InvalidInput(f"override {text!r}: {value!r} is not a YAML value") from error
+
+
+def _index(place: list[Any], part: str, text: str) -> int:
+    if not part.isdecimal() or int(part) >= len(place):
+        raise InvalidInput(
+            f"override {text!r}: a list of {len(place)} stands there; expected a number "
+            f"0 … {len(place) - 1}, got {part!r}"
+        )
+    return int(part)
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -1,6 +1,7 @@
 """Sites: named places in a model, and the two things done there, reading and editing.
 
-    ids [N, T] ──▶ model … site ──▶ activations [N, T, D]     `capture`: the forward stops at the site
+    ids [N, T] ──▶ model … site ──▶ activations [N, T, D]     `capture`: the forward stops at the last site
+    ids [N, T] ──▶ model … sites ──▶ side by side [N, T, ΣD]  `read`: what a crosscoder takes
     model … site ──▶ function(activations) ──▶ … model        `editing`: hooks on, and off again
 
 A site is the name TransformerLens gives it (`blocks.2.hook_resid_pre`), never a bare layer number.
@@ -61,9 +62,9 @@ def site_width(model: TransformerBridge, site: str) -> int:
 def capture(model: TransformerBridge, sites: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
     """Activations at each site, [N, T, D] in the model's dtype. The forward stops at the last site.
 
-    ids: [N, T] token ids.
+    ids: [N, T] token ids. A site named twice is captured once.
     """
-    sites = [check_site(model, site) for site in sites]
+    sites = list(dict.fromkeys(check_site(model, site) for site in sites))
     seen: dict[str, Tensor] = {}
 
     def keep(tensor: Tensor, hook: Any, site: str) -> None:
@@ -77,6 +78,15 @@ def capture(model: TransformerBridge, sites: Sequence[str], ids: Tensor) -> dict
     if missing := [site for site in sites if site not in seen]:
         raise UnknownName(f"{missing} exist in {model.cfg.model_name} but never fire in a forward")
     return seen
+
+
+def read(model: TransformerBridge, sites: Sequence[str], ids: Tensor) -> Tensor:
+    """Activations of several sites side by side, [N, T, ΣD], in the order the sites are named.
+
+    ids: [N, T] token ids. This is what an SAE over these sites reads (`sae.sites`); one site gives its own [N, T, D].
+    """
+    seen = capture(model, sites, ids)
+    return torch.cat([seen[site] for site in sites], -1)
 
 
 @contextlib.contextmanager

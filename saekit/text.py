@@ -7,9 +7,10 @@ is a `str`, or an int32 array of ids where the source was tokenised already (a t
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ Documents = Callable[[], Iterator[Document]]
 TEXT_SUFFIXES = (".txt", ".md")
 TABLE_SUFFIXES = (".jsonl", ".json", ".parquet")
 SHARD_SUFFIX = ".tokens.safetensors"
+WHOLE, END = 64 * 2**20, 8 * 2**20  # bytes: files up to here are hashed whole; of others, both ends
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -77,6 +79,46 @@ def place(name: str) -> str | Path:
     return existing(name, "text")
 
 
+def fingerprint(names: str | Sequence[str]) -> str:
+    """SHA-256 of what `place` finds under these names: equal as long as the texts are.
+
+    Of files: names, sizes and content, of those beyond 64 MiB the first and the last 8 MiB only (an edit in the middle
+    that keeps the size goes unseen). Of a hub dataset: the commit of its repository, or only its name where the hub
+    does not answer.
+    """
+    digest = hashlib.sha256()
+    for name in [names] if isinstance(names, str) else names:
+        where = embedded.folder("tokens") if name == embedded.NAME else place(name)
+        if isinstance(where, str):
+            digest.update(f"{name}@{_commit(name)}\n".encode())
+            continue
+        for file in _files(where):
+            size = file.stat().st_size
+            relative = file.relative_to(where).as_posix() if where.is_dir() else file.name
+            digest.update(f"{relative} {size} {_content(file, size)}\n".encode())
+    return digest.hexdigest()
+
+
+def _content(path: Path, size: int) -> str:
+    with path.open("rb") as file:
+        if size <= WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(file.read(END))
+        file.seek(size - END)
+        digest.update(file.read(END))
+        return digest.hexdigest()
+
+
+def _commit(name: str) -> str | None:
+    """The commit a hub dataset stands at, or None where nobody can say."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name, timeout=10).sha
+    except Exception:  # offline, or a hub that does not tell: the name has to do
+        return None
+
+
 def _chain(items: list[Any], parts: list[Documents | None]) -> Iterator[Document]:
     for item, part in zip(items, parts, strict=True):
         if part is None:
@@ -98,6 +140,12 @@ def _is_path(text: str) -> bool:
 
 
 def _from_path(path: Path, field: str) -> Documents:
+    files = _files(path)
+    return lambda: (document for file in files for document in _read(file, field))
+
+
+def _files(path: Path) -> list[Path]:
+    """The readable files of a folder in order, or the file. Raises `FileMissing` and `InvalidInput`."""
     path = existing(path, "text")
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _reader(p) is not None)
@@ -109,14 +157,13 @@ def _from_path(path: Path, field: str) -> Documents:
         for file in files:
             if file.is_symlink() and not file.resolve().is_relative_to(root):
                 raise InvalidInput(f"text: {file} is a link that leaves {path}; name its target instead")
-    else:
-        files = [path]
-        if _reader(path) is None:
-            raise InvalidInput(
-                f"text: {path} is of no kind that can be read "
-                f"({', '.join((*TEXT_SUFFIXES, *TABLE_SUFFIXES, SHARD_SUFFIX))}, also with .gz)"
-            )
-    return lambda: (document for file in files for document in _read(file, field))
+        return files
+    if _reader(path) is None:
+        raise InvalidInput(
+            f"text: {path} is of no kind that can be read "
+            f"({', '.join((*TEXT_SUFFIXES, *TABLE_SUFFIXES, SHARD_SUFFIX))}, also with .gz)"
+        )
+    return [path]
 
 
 def _reader(path: Path) -> Callable[[Path, str], Iterator[Document]] | None:

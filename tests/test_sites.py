@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saekit.errors import UnknownName
-from saekit.sites import capture, check_site, editing, site_width
+from saekit.sites import capture, check_site, editing, read, site_width
 
 SITES = [
     "blocks.2.hook_resid_pre",
@@ -33,6 +33,21 @@ def test_capture_stops_at_the_site(model) -> None:
         assert seen == []
         capture(model, ["blocks.4.hook_resid_pre"], torch.tensor([[1, 2]]))
         assert seen == [3]
+
+
+def test_read_puts_sites_side_by_side_in_the_order_named(model) -> None:
+    ids = torch.randint(5, 500, (3, 11), generator=torch.Generator().manual_seed(0))
+    late, early = "blocks.4.hook_resid_pre", "blocks.1.hook_resid_pre"
+    both = read(model, [late, early], ids)
+    assert torch.equal(both, torch.cat([capture(model, [s], ids)[s] for s in (late, early)], -1))
+    assert torch.equal(read(model, [late], ids), capture(model, [late], ids)[late])
+
+
+def test_a_site_named_twice_still_stops_the_forward(model) -> None:
+    seen = []
+    with model.hooks(fwd_hooks=[("blocks.3.hook_in", lambda x, hook: seen.append(3))]):
+        capture(model, [SITES[0], SITES[0]], torch.tensor([[1, 2]]))
+    assert seen == []
 
 
 def test_heads_are_seen_flat(model) -> None:

@@ -21,7 +21,7 @@ from saekit.errors import InvalidInput
 from saekit.files import sha256_of_file, staged, write_json, write_tensors
 from saekit.lm import model_hash, special_ids, token_strings, tokenizer_hash
 from saekit.sae import SAE
-from saekit.sae.files import to_cfg
+from saekit.sae.files import to_cfg, to_tensors
 from saekit.sites import capture
 from saekit.tokens import TokenBatch, Tokens, token_batches
 
@@ -58,6 +58,10 @@ def build(
 
     Raises `InvalidInput` for an SAE that does not fit, an empty corpus, or a folder that holds something else.
     """
+    if sae.is_transcoder or sae.is_crosscoder:
+        raise InvalidInput(
+            "catalog: only for SAEs that read and write one site, not for transcoders and crosscoders"
+        )
     sae.check_fits(model)
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / CATALOG).exists():
@@ -147,7 +151,7 @@ class _Survey:
         self._prune()
         sae = self.sae
         directions = sae.directions().cpu()
-        tensors = {name: tensor.contiguous() for name, tensor in sae.state_dict().items()}
+        tensors = to_tensors(sae)
         write_tensors(folder / DIRECTIONS, tensors)
         token_rows = self._write_tokens(folder)
         labels = _labels(token_rows, sae.d_sae)

@@ -1,5 +1,17 @@
-"""How well an SAE reconstructs activations, and how faithful the model stays to itself with it spliced in."""
+"""How well SAEs reconstruct activations, how faithful the model stays to itself with them, and what they separate."""
 
-from saekit.evaluation.measure import evaluate
+from saekit.evaluation.front import pareto, pareto_front, pareto_of_sweep
+from saekit.evaluation.labelled import read_labelled
+from saekit.evaluation.measure import Evaluation, assess, evaluate
+from saekit.evaluation.probing import probe
 
-__all__ = ["evaluate"]
+__all__ = [
+    "Evaluation",
+    "assess",
+    "evaluate",
+    "pareto",
+    "pareto_front",
+    "pareto_of_sweep",
+    "probe",
+    "read_labelled",
+]

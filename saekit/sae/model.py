@@ -1,33 +1,36 @@
-"""The sparse autoencoder: x [.., D] → latents f [.., S] → x̂ [.., D].
+"""The sparse autoencoder: x [.., D] → latents f [.., S] → x̂ [.., E].
 
-    standard   f = ReLU(p)                         Bricken 2023; Anthropic, circuits update April 2024
-    topk       f = ReLU(the k largest p, else 0)   Gao 2024, arXiv 2406.04093, section 2.3
-    both       p = (x − b_dec) W_enc + b_enc,      x̂ = f W_dec + b_dec
+    p = (x − b_dec) W_enc + b_enc          pre-activations
+    f = its architecture's activation of p                           (`sae.architectures`, a file each)
+    x̂ = f W_dec + b_dec
 
 One class serves training and use, and it always takes raw activations: whatever scale training works in is in the
-optimizer's units, never in the weights (see `training.trainer`).
+optimizer's units, never in the weights (see `training.trainer`). Two kinds reach beyond one site, with any architecture:
 
-D = d_in, S = d_sae, K = k; leading dimensions are free.
+    transcoder    reads one site and writes another: p = x W_enc + b_enc; with a skip, x̂ += x W_skipᵀ
+                  (Dunefsky 2024, arXiv 2406.11944; Paulo 2025, arXiv 2501.18823)
+    crosscoder    reads and writes several sites, side by side in x; decoder row i is (d_i¹, …, d_iᴸ)
+                  (Lindsey 2024, Anthropic's circuits update, October 2024)
+
+D = d_in, E = d_out (D but for transcoders), S = d_sae, K = k; leading dimensions are free.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from saekit.errors import InvalidInput, UnknownFeature
+from saekit.sae.architectures import ARCHITECTURES, Architecture
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformer_lens.model_bridge import TransformerBridge
 
-Architecture = Literal["standard", "topk"]
-ARCHITECTURES: tuple[Architecture, ...] = ("standard", "topk")
 MAX_WIDTH = 2**31
 FLOATS = {
     "float32": torch.float32,
@@ -41,10 +44,13 @@ FLOATS = {
 class SAEConfig:
     """What an SAE is, apart from its weights. `metadata` says where it came from, as SAELens names things."""
 
-    architecture: Architecture
-    d_in: int
+    architecture: str
+    d_in: int  # the width read; of a crosscoder, its sites' widths together
     d_sae: int
-    k: int | None = None  # topk: latents kept per token
+    k: int | None = None  # topk, batchtopk, matryoshka: latents kept per token
+    prefixes: tuple[int, ...] | None = None  # matryoshka: nested widths, the last one is d_sae
+    d_out: int | None = None  # transcoder: the width written; None writes what is read
+    skip: bool = False  # transcoder: x̂ += x W_skipᵀ
     apply_b_dec_to_input: bool = True
     rescale_acts_by_decoder_norm: bool = False  # topk: latents count ‖d_i‖ times as much
     center_input: bool = False  # the SAE was trained on x − mean(x) (TransformerLens's centred weights)
@@ -52,26 +58,67 @@ class SAEConfig:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
+        if not isinstance(self.architecture, str) or self.architecture not in ARCHITECTURES:
             raise InvalidInput(
                 f"architecture: {self.architecture!r} is not one of {', '.join(ARCHITECTURES)}"
             )
         for name in ("d_in", "d_sae"):
             _check_width(name, getattr(self, name))
-        if self.architecture == "topk":
+        if ARCHITECTURES[self.architecture].takes_k:
             _check_width("k", self.k)
             assert self.k is not None
             if self.k > self.d_sae:
                 raise InvalidInput(f"k: {self.k} is more than d_sae = {self.d_sae}")
         elif self.k is not None:
-            raise InvalidInput(f"k: only for topk, not for {self.architecture}")
+            raise InvalidInput(f"k: only for topk, batchtopk and matryoshka, not for {self.architecture}")
+        self._check_prefixes()
+        self._check_sites()
         if self.dtype not in FLOATS:
             raise InvalidInput(f"dtype: {self.dtype!r} is not one of {', '.join(FLOATS)}")
+
+    def _check_prefixes(self) -> None:
+        if self.architecture != "matryoshka":
+            if self.prefixes is not None:
+                raise InvalidInput(f"prefixes: only for matryoshka, not for {self.architecture}")
+            return
+        prefixes = self.prefixes or ()
+        for prefix in prefixes:
+            _check_width("prefixes", prefix)
+        if list(prefixes) != sorted(set(prefixes)) or prefixes[-1:] != (self.d_sae,):
+            raise InvalidInput(
+                f"prefixes: expected increasing widths that end with d_sae = {self.d_sae}, got {list(prefixes)}"
+            )
+
+    def _check_sites(self) -> None:
+        if self.d_out is not None:
+            _check_width("d_out", self.d_out)
+            if self.apply_b_dec_to_input or self.center_input or self.rescale_acts_by_decoder_norm:
+                raise InvalidInput("d_out: a transcoder's b_dec belongs to its output, not to its input")
+        elif self.skip:
+            raise InvalidInput("skip: only for transcoders, which have a d_out")
+        names, widths = self.metadata.get("hook_names"), self.metadata.get("hook_widths")
+        if names is None and widths is None:
+            return
+        if self.d_out is not None:
+            raise InvalidInput("a transcoder reads one site, a crosscoder several: not both at once")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InvalidInput(f"hook_names: expected a list of site names, got {names!r:.80}")
+        if not isinstance(widths, list) or len(widths) != len(names):
+            raise InvalidInput(f"hook_widths: expected {len(names)} widths, got {widths!r:.80}")
+        for width in widths:
+            _check_width("hook_widths", width)
+        if sum(widths) != self.d_in:
+            raise InvalidInput(f"hook_widths: {widths} make {sum(widths)}, but d_in is {self.d_in}")
 
 
 def _check_width(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < MAX_WIDTH:
         raise InvalidInput(f"{name}: expected a whole number from 1 to {MAX_WIDTH - 1:,}, got {value!r:.80}")
+
+
+def default_prefixes(d_sae: int) -> tuple[int, ...]:
+    """An eighth, a quarter, a half, all."""
+    return tuple(sorted({max(1, d_sae // share) for share in (8, 4, 2, 1)}))
 
 
 class Active(NamedTuple):
@@ -85,51 +132,86 @@ class Active(NamedTuple):
 class SAE(nn.Module):
     """A sparse autoencoder. Make one with `SAE.new` or `SAE.load`.
 
-    Parameters: W_enc [D, S] (in memory as rows of D per latent), W_dec [S, D], b_enc [S], b_dec [D].
+    Parameters: W_enc [D, S] (in memory as rows of D per latent), W_dec [S, E], b_dec [E]; b_enc [S], or a gated SAE's
+    b_gate, b_mag, r_mag [S]; jumprelu: threshold [S]; W_skip [E, D] with a skip. batchtopk and matryoshka have a buffer,
+    threshold [], which training keeps.
     """
+
+    threshold: Tensor
+    b_enc: Tensor
+    b_gate: Tensor
+    b_mag: Tensor
+    r_mag: Tensor
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
         self.config = config
-        D, S, dtype = config.d_in, config.d_sae, FLOATS[config.dtype]
+        self.kind: Architecture = ARCHITECTURES[config.architecture]
+        D, S, E, dtype = config.d_in, config.d_sae, config.d_out or config.d_in, FLOATS[config.dtype]
         self.W_enc = nn.Parameter(torch.zeros(S, D, dtype=dtype).t())
-        self.W_dec = nn.Parameter(torch.zeros(S, D, dtype=dtype))
-        self.b_enc = nn.Parameter(torch.zeros(S, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.zeros(D, dtype=dtype))
+        self.W_dec = nn.Parameter(torch.zeros(S, E, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(E, dtype=dtype))
+        for name, value in self.kind.vectors.items():
+            setattr(self, name, nn.Parameter(torch.full((S,), value, dtype=dtype)))
+        if self.kind.running_threshold:
+            self.register_buffer("threshold", torch.zeros((), dtype=dtype))
+        if config.skip:
+            self.W_skip = nn.Parameter(torch.zeros(E, D, dtype=dtype))
 
     @classmethod
     def new(
         cls,
-        architecture: Architecture,
+        architecture: str,
         *,
         d_in: int,
         d_sae: int,
-        site: str | None = None,
+        site: str | Sequence[str] | None = None,
+        target_site: str | None = None,
         model: str | None = None,
         k: int | None = None,
+        prefixes: Sequence[int] | None = None,
+        d_out: int | None = None,
+        skip: bool = False,
+        widths: Sequence[int] | None = None,
         seed: int = 0,
         dtype: str = "float32",
     ) -> SAE:
-        """A fresh SAE: decoder rows in random directions, W_enc = W_decᵀ, biases 0.
+        """A fresh SAE: decoder rows in random directions, W_enc = W_decᵀ (transcoders: directions of its own), biases 0.
 
-        Rows have norm 0.1 for `standard` (Anthropic, April 2024) and 1 for `topk` (Gao 2024, appendix A).
+        architecture: standard, topk, batchtopk, matryoshka, jumprelu or gated. k: topk, batchtopk, matryoshka.
+        prefixes: matryoshka's nested widths; an eighth, a quarter, a half and all of d_sae by default.
+        site: the site it reads; several names make a crosscoder, whose d_in is their widths together (`widths`, equal
+        by default). d_out and target_site: a transcoder, which writes width d_out there, with `skip` affinely too.
+
+        Rows have norm 0.1 (Anthropic, April 2024), for the TopK family 1 (Gao 2024, appendix A).
         Raises `InvalidInput` for a width, k or architecture that cannot be.
         """
-        metadata = {"hook_name": site, "model_name": model}
+        metadata: dict[str, Any] = {"model_name": model, "hook_name_out": target_site}
+        if site is None or isinstance(site, str):
+            metadata["hook_name"] = site
+        else:
+            metadata["hook_names"] = list(site)
+            metadata["hook_widths"] = list(widths or [d_in // max(1, len(site))] * len(site))
+        if architecture == "matryoshka" and prefixes is None and isinstance(d_sae, int):
+            prefixes = default_prefixes(d_sae)
         config = SAEConfig(
             architecture,
             d_in,
             d_sae,
             k,
+            prefixes=None if prefixes is None else tuple(prefixes),
+            d_out=d_out,
+            skip=skip,
+            apply_b_dec_to_input=d_out is None,
             dtype=dtype,
             metadata={k: v for k, v in metadata.items() if v is not None},
         )
         sae = cls(config)
-        rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
-        rows *= (1.0 if architecture == "topk" else 0.1) / rows.norm(dim=1, keepdim=True)
+        draw = torch.Generator().manual_seed(seed)
+        norm = sae.kind.row_norm
         with torch.no_grad():
-            sae.W_dec.copy_(rows)
-            sae.W_enc.copy_(rows.t())
+            sae.W_dec.copy_(_random_rows(d_sae, sae.d_out, norm, draw))
+            sae.W_enc.copy_((sae.W_dec if d_out is None else _random_rows(d_sae, d_in, norm, draw)).t())
         return sae
 
     @classmethod
@@ -152,12 +234,16 @@ class SAE(nn.Module):
         return save(self, folder)
 
     @property
-    def architecture(self) -> Architecture:
+    def architecture(self) -> str:
         return self.config.architecture
 
     @property
     def d_in(self) -> int:
         return self.config.d_in
+
+    @property
+    def d_out(self) -> int:
+        return self.config.d_out or self.config.d_in
 
     @property
     def d_sae(self) -> int:
@@ -168,67 +254,127 @@ class SAE(nn.Module):
         return self.config.k
 
     @property
+    def prefixes(self) -> tuple[int, ...] | None:
+        return self.config.prefixes
+
+    # Where it reads and writes
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.config.d_out is not None
+
+    @property
+    def is_crosscoder(self) -> bool:
+        return "hook_names" in self.config.metadata
+
+    @property
     def site(self) -> str:
         """The TransformerLens name of the site it reads, e.g. `blocks.2.hook_resid_pre`."""
-        site = self.config.metadata.get("hook_name")
-        if site is None:
-            raise InvalidInput(
-                "this SAE does not say which site it reads: SAE.new(…, site='blocks.2.hook_resid_pre')"
-            )
+        if self.is_crosscoder:
+            raise InvalidInput(f"a crosscoder reads several sites, {', '.join(self.sites)}: use sae.sites")
+        return self.sites[0]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites it reads, one but for a crosscoder."""
+        if self.is_crosscoder:
+            return tuple(self.config.metadata["hook_names"])
+        return (self._site("hook_name", "site='blocks.2.hook_resid_pre'"),)
+
+    @property
+    def target_sites(self) -> tuple[str, ...]:
+        """The sites that x̂ is for: those it reads, or a transcoder's other one."""
+        if self.is_transcoder:
+            return (self._site("hook_name_out", "target_site='blocks.2.hook_mlp_out'"),)
+        return self.sites
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The width of each target site."""
+        return tuple(self.config.metadata.get("hook_widths", (self.d_out,)))
+
+    def split(self, x_hat: Tensor) -> tuple[Tensor, ...]:
+        """x̂ [.., E], or any row of W_dec, as one part for each target site."""
+        return x_hat.split(list(self.widths), dim=-1)
+
+    def _site(self, key: str, keyword: str) -> str:
+        site = self.config.metadata.get(key)
+        if not isinstance(site, str):
+            raise InvalidInput(f"this SAE does not say its {key}: SAE.new(…, {keyword})")
         return site
 
     @property
     def model_name(self) -> str | None:
         return self.config.metadata.get("model_name")
 
+    # x → p → f → x̂
+
+    @property
+    def encoder_bias(self) -> Tensor:
+        """[S]: b_enc, or a gated SAE's b_gate."""
+        bias: Tensor = getattr(self, self.kind.bias)
+        return bias
+
+    @property
+    def shift(self) -> Tensor | None:
+        """[D] what is taken off the input before it is encoded: b_dec, or nothing."""
+        return self.b_dec if self.config.apply_b_dec_to_input else None
+
     def preactivations(self, x: Tensor) -> Tensor:
         """p [.., S], scaled by the decoder norms where the SAE selects by them."""
         x = self._input(x)
-        p = (x - self.b_dec if self.config.apply_b_dec_to_input else x) @ self.W_enc + self.b_enc
+        p = (x if self.shift is None else x - self.shift) @ self.W_enc + self.encoder_bias
         return p * self.W_dec.norm(dim=1) if self.config.rescale_acts_by_decoder_norm else p
+
+    def fused_preactivations(self, x: Tensor) -> Tensor:
+        """`preactivations` of raw x [B, D] for training: b_dec goes into the bias, which saves a copy of x."""
+        bias = self.encoder_bias if self.shift is None else self.encoder_bias - self.shift @ self.W_enc
+        return torch.addmm(bias, x, self.W_enc)
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents f [.., S] of activations x [.., D] of any float dtype. Raises `InvalidInput` on a wrong width."""
-        p = self.preactivations(x)
-        if self.k is None:
-            return p.relu()
-        values, latents = p.topk(self.k, dim=-1, sorted=False)
-        return torch.zeros_like(p).scatter(-1, latents, values.relu())
+        return self.kind.activate(self, self.preactivations(x))
 
     def encode_active(self, x: Tensor) -> Active:
         """The non-zero latents of x [n, D], without a dense [n, S] result where the architecture allows it."""
-        p = self.preactivations(x)
-        if self.k is None:
-            tokens, latents = (p > 0).nonzero(as_tuple=True)
-            return Active(tokens, latents, p[tokens, latents])
-        values, latents = p.topk(self.k, dim=-1, sorted=False)
-        tokens, slots = (values > 0).nonzero(as_tuple=True)
-        return Active(tokens, latents[tokens, slots], values[tokens, slots])
+        return Active(*self.kind.active(self, self.preactivations(x)))
 
     def encode_some(self, x: Tensor, latents: Sequence[int]) -> Tensor:
-        """f [.., n] at n latents. One encoder column each for ReLU; topk needs the full encode."""
-        for latent in latents:
-            self.check_latent(latent)
-        if self.k is not None:
-            return self.encode(x)[..., list(latents)]
+        """f [.., n] at n latents: one encoder column each, but for topk, where all latents compete."""
+        some = [self.check_latent(latent) for latent in latents]
+        if self.architecture == "topk":
+            return self.encode(x)[..., some]
         x = self._input(x)
-        x = x - self.b_dec if self.config.apply_b_dec_to_input else x
-        return (x @ self.W_enc[:, list(latents)] + self.b_enc[list(latents)]).relu()
+        p = (x if self.shift is None else x - self.shift) @ self.W_enc[:, some] + self.encoder_bias[some]
+        return self.kind.activate(self, p, some)
 
     def decode(self, f: Tensor) -> Tensor:
-        """x̂ [.., D] of latents f [.., S]."""
+        """f W_dec + b_dec [.., E] of latents f [.., S]; a skip, which needs x, is added by `reconstruct`."""
         if f.shape[-1] != self.d_sae:
             raise InvalidInput(f"decode: expected latents [.., {self.d_sae}], got {tuple(f.shape)}")
         if self.config.rescale_acts_by_decoder_norm:
             f = f / self.W_dec.norm(dim=1)
         return f @ self.W_dec + self.b_dec
 
+    def affine(self, x: Tensor) -> Tensor:
+        """The part of x̂ that no latent carries: b_dec [E], with a skip + x W_skipᵀ [.., E]."""
+        return self.b_dec + x.to(self.W_skip) @ self.W_skip.t() if self.config.skip else self.b_dec
+
+    def reconstruct(self, f: Tensor, x: Tensor) -> Tensor:
+        """x̂ [.., E] of latents f and the x [.., D] they came from, in the units of x as the SAE sees it."""
+        x_hat = self.decode(f)
+        return x_hat + x.to(self.W_skip) @ self.W_skip.t() if self.config.skip else x_hat
+
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction x̂ [.., D]; a mean that was taken off the input is put back."""
-        reconstruction = self.decode(self.encode(x))
+        """The reconstruction x̂ [.., E]; a mean that was taken off the input is put back."""
+        reconstruction = self.reconstruct(self.encode(x), x)
         if self.config.center_input:
             reconstruction = reconstruction + x.to(reconstruction.dtype).mean(-1, keepdim=True)
         return reconstruction
+
+    def decoder_norms(self) -> Tensor:
+        """[S]: ‖d_i‖, of a crosscoder Σ_l ‖d_iˡ‖ (Lindsey 2024)."""
+        return torch.stack([part.norm(dim=1) for part in self.split(self.W_dec)]).sum(0)
 
     def direction(self, latent: int) -> Tensor:
         """Decoder row [D]: what one unit of the latent, as `encode` gives it, adds to x̂."""
@@ -246,15 +392,19 @@ class SAE(nn.Module):
         return latent
 
     def check_fits(self, model: TransformerBridge) -> None:
-        """Raises `InvalidInput` unless the model has this SAE's site at this SAE's width."""
+        """Raises `InvalidInput` unless the model has this SAE's sites at this SAE's widths."""
         from saekit.sites import site_width
 
-        width = site_width(model, self.site)
-        if width != self.d_in:
-            raise InvalidInput(
-                f"this SAE reads width {self.d_in} at {self.site}, but {model.cfg.model_name} has {width} there; "
-                f"it belongs to {self.model_name or 'another model'}"
-            )
+        read = self.widths if not self.is_transcoder else (self.d_in,)
+        wanted = dict(zip(self.sites, read, strict=True)) | dict(
+            zip(self.target_sites, self.widths, strict=True)
+        )
+        for site, width in wanted.items():
+            if (actual := site_width(model, site)) != width:
+                raise InvalidInput(
+                    f"this SAE has width {width} at {site}, but {model.cfg.model_name} has {actual} there; "
+                    f"it belongs to {self.model_name or 'another model'}"
+                )
         if self.config.center_input and model.cfg.normalization_type not in ("LN", "LNPre"):
             raise InvalidInput(
                 f"this SAE reads centred activations, which only LayerNorm models have; {model.cfg.model_name} "
@@ -269,5 +419,12 @@ class SAE(nn.Module):
 
     def extra_repr(self) -> str:
         k = f", k={self.k}" if self.k else ""
-        site = self.config.metadata.get("hook_name")
-        return f"{self.architecture}, d_in={self.d_in}, d_sae={self.d_sae}{k}, site={site!r}"
+        out = f", d_out={self.d_out}" if self.is_transcoder else ""
+        site = self.config.metadata.get("hook_names") or self.config.metadata.get("hook_name")
+        return f"{self.architecture}, d_in={self.d_in}{out}, d_sae={self.d_sae}{k}, site={site!r}"
+
+
+def _random_rows(n: int, width: int, norm: float, draw: torch.Generator) -> Tensor:
+    """[n, width] rows of the given norm in random directions."""
+    rows = torch.randn(n, width, generator=draw)
+    return rows * (norm / rows.norm(dim=1, keepdim=True))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saekit.errors import InvalidInput
+from saekit.errors import InvalidInput, UnknownName
 from saekit.sites import capture
 from saekit.steering.edits import Edit, Steerable
 from saekit.steering.kinds import Kind, Unit
@@ -45,9 +45,19 @@ class Direction(Steerable):
         return cls(vector * (float(like.norm()) / vector.norm()), site, f"random direction {seed}")
 
     @classmethod
-    def from_sae(cls, sae: SAE, latent: int) -> Direction:
-        """A latent's decoder row, without a catalog. Raises `UnknownFeature` for a latent the SAE lacks."""
-        return cls(sae.direction(latent), sae.site, f"feature {latent}", sae, latent)
+    def from_sae(cls, sae: SAE, latent: int, site: str | None = None) -> Direction:
+        """A latent's decoder row, without a catalog. site: which of a crosscoder's; of a transcoder it is its target.
+
+        Raises `UnknownFeature` for a latent the SAE lacks, `UnknownName` for a site it does not write.
+        """
+        sites = sae.target_sites
+        if site is None and len(sites) > 1:
+            raise InvalidInput(f"feature {latent}: this SAE writes {', '.join(sites)}; name one, site=…")
+        site = site or sites[0]
+        if site not in sites:
+            raise UnknownName(f"site {site!r}: this SAE writes {', '.join(sites)}")
+        row = sae.split(sae.direction(latent))[sites.index(site)]
+        return cls(row, site, f"feature {latent}", sae, latent)
 
     def edit(self, kind: Kind, strength: float = 0.0, unit: Unit = "raw") -> Edit:
         return Edit(

@@ -53,6 +53,10 @@ class Edit:
             raise InvalidInput(
                 f"{self.kind} needs a feature of an SAE; a bare direction has no activation, use add"
             )
+        if self.needs_activation and self.sae is not None and (self.site,) != self.sae.sites:
+            raise InvalidInput(
+                f"{self.kind}: this feature is read at {', '.join(self.sae.sites)} and written at {self.site}; use add"
+            )
         if self.unit == "max" and not self.max_activation:
             raise InvalidInput(
                 f"{self.label}: no maximum activation is known (it never fired), use unit='raw'"

@@ -44,16 +44,38 @@ class TrainingConfig(BaseModel):
     lr_decay: Share = 0.2  # share of the run, at its end
     adam_betas: tuple[Share, Share] = (0.9, 0.999)
     adam_eps: Positive = 6.25e-10  # Gao 2024, appendix A
-    clip_grad_norm: Positive | None = 1.0
+    # In scaled units. It binds on nearly every step: Adam then sees gradients of one size, and the large ones of the first
+    # steps do not slow all that follow (LOG.md, November 2026). None: no clipping.
+    clip_grad_norm: Positive | None = 0.1
 
-    normalize: Literal["expected_norm", "none"] = (
-        "expected_norm"  # scale so that E‖x‖ = √d_in; folded on export
+    # What the data is scaled by while training; saved SAEs always take raw activations.
+    normalize: Literal["expected_norm", "none", "whiten"] = "expected_norm"  # E‖x‖ = √d_in; covariance 1
+    decoder: Literal["unit", "free"] | None = (
+        None  # rows kept at norm 1, or free; None: the architecture's own
     )
-    l1_coefficient: NonNegative = 5.0  # standard
-    l1_warmup: Share = 0.05  # share of the run
-    aux_coefficient: NonNegative = 1 / 32  # topk: weight of AuxK
-    aux_k: Count | None = None  # topk: dead latents used by AuxK; d_in / 2 by default
+
+    l1_coefficient: NonNegative = 5.0  # standard, gated
+    l0_coefficient: NonNegative = 1.0  # jumprelu
+    sparsity_warmup: Share = 0.05  # share of the run over which the coefficient rises
+    target_l0: Positive | None = (
+        None  # standard, gated, jumprelu: the coefficient is steered until L0 is this
+    )
+    k_start: Count | None = None  # topk, batchtopk, matryoshka: K falls (or rises) from this to k …
+    k_warmup: Share = 0.1  # … over this share of the run
+    l0_penalty: Literal["step", "tanh"] = "step"  # jumprelu: Rajamanoharan 2024, or Anthropic, January 2025
+    bandwidth: Positive | None = None  # jumprelu: width ε of the estimator; None: 0.05 for step, 2 for tanh
+    tanh_scale: Positive = 4.0  # jumprelu, tanh: c
+    preact_coefficient: NonNegative = 3e-6  # jumprelu, tanh: weight of the pre-activation loss
+
+    dead_latents: Literal["auxk", "resample", "none"] | None = None  # None: the architecture's own
     dead_after: Count = 1_000_000  # a latent is dead after this many tokens without firing
+    aux_coefficient: NonNegative = 1 / 32  # auxk: its weight
+    aux_k: Count | None = None  # auxk: dead latents used; half the width written by default
+    resample_at: tuple[Share, ...] = (
+        0.2,
+        0.4,
+        0.6,
+    )  # resample: shares of the run at which dead latents start anew
 
     ring: Count = 65_536  # rows held for shuffling
     contexts: Count = 32  # contexts per forward of the language model

@@ -1,37 +1,47 @@
-"""A training run: recipe → `checkpoints/<name>/` with its recipe, rows, exact checkpoints and final SAE.
+"""A training run: recipe → `checkpoints/<name>/` with its recipe, rows, exact checkpoints and final SAEs.
 
     checkpoints/<name>/recipe.yaml    the recipe with every default spelled out
                        metrics.jsonl  every logged row
                        step-<n>/      exact state, the newest few
-                       final/         the SAE, SAELens layout, and metrics.json, its held-out evaluation
+                       final/         the SAE, SAELens layout, with metrics.json, its held-out evaluation, and
+                                      density.png, how often its latents fire
 
-The trainer sees only batches of activations; this file is where model, text and trainer meet.
+A recipe with a list of SAEs (a sweep) trains them all on one stream, one forward of the language model for all; each has
+its rows and its final SAE in a folder of its own, `checkpoints/<name>/<sae>/`, while a checkpoint holds them all, and
+`pareto.png` compares them.
+
+The trainers see only batches of activations; this file is where model, text and trainers meet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
-
-from saekit.activations import Activations, StreamPosition
-from saekit.errors import Interrupted, InvalidInput
-from saekit.evaluation import evaluate
-from saekit.files import existing, read_json, staged, write_json
+from saekit.activations import Activations, Rows, StreamPosition
+from saekit.errors import Interrupted, InvalidInput, UnknownName, near
+from saekit.evaluation import Evaluation, pareto_of_sweep
+from saekit.files import existing, read_json
 from saekit.lm import load_model, special_ids
-from saekit.recipe import LanguageModelRecipe, Recipe, differences, read_recipe, write_recipe
+from saekit.recipe import (
+    LanguageModelRecipe,
+    Recipe,
+    differences,
+    parse_recipe,
+    read_recipe,
+    write_recipe,
+)
 from saekit.sae import SAE
-from saekit.sae.files import save as save_sae
 from saekit.sites import check_site, site_width
 from saekit.text import place
 from saekit.tokens import Position, Tokens, tokenize
 from saekit.training import checkpoint
-from saekit.training.tracking import SAMPLES, Tracker
-from saekit.training.trainer import StepOutput, Trainer
+from saekit.training.origin import origin
+from saekit.training.trainee import FINAL, Trainee
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -51,11 +61,37 @@ FREE_ON_RESUME = (
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run."""
+    """One trained SAE. Its folder holds `metrics.jsonl` and `final`."""
 
     path: Path
     sae: SAE
     metrics: dict[str, float]  # the last held-out evaluation
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The SAEs of a list, trained over one forward. Iterates its runs; `sweep["k16"]` is one of them by name."""
+
+    path: Path
+    runs: tuple[Run, ...]  # in the recipe's order
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(run.path.name for run in self.runs)
+
+    def __getitem__(self, name: str) -> Run:
+        """The run of that name. Raises `UnknownName`."""
+        for run in self.runs:
+            if run.path.name == name:
+                return run
+        hint = near(str(name), self.names) or f"It has {', '.join(self.names)}"
+        raise UnknownName(f"{name!r} is no SAE of the sweep {self.path}. {hint}")
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self.runs)
+
+    def __len__(self) -> int:
+        return len(self.runs)
 
 
 class Reporter(Protocol):
@@ -78,14 +114,18 @@ def train(
     model: TransformerBridge | None = None,
     runs: str | Path = RUNS,
     reporter: Reporter | None = None,
-) -> Run:
-    """Train the SAE that a recipe describes, into `<runs>/<name>/`.
+) -> Run | Sweep:
+    """Train what a recipe describes, into `<runs>/<name>/`: a `Run` for one SAE, a `Sweep` for a list of them.
 
-    recipe: a YAML file, or a `Recipe`. overrides: `"key.path=value"` texts. resume: go on from the newest checkpoint
-    (start, where there is none; change nothing, where the run is finished). model: one that is loaded already.
+    recipe: a YAML file, or a `Recipe`. overrides: `"key.path=value"` texts, `"sae.1.k=8"` for a list's member. resume: go
+    on from the newest checkpoint (start, where there is none; change nothing, where the run is finished). model: one that
+    is loaded already.
 
-    Raises `InvalidInput` for a wrong recipe, a run that exists and is not to be resumed, or a resumption with
-    another recipe; `Interrupted` after SIGINT or SIGTERM, once a checkpoint is written.
+    What becomes of an SAE in a list is, bit for bit, what becomes of it alone.
+
+    Raises `InvalidInput` for a wrong recipe, a run that exists and is not to be resumed, one that another process is
+    writing, or a resumption with another recipe, model, text or library; `Interrupted` after SIGINT or SIGTERM, once a
+    checkpoint is written.
     """
     if not isinstance(recipe, Recipe):
         read = read_recipe(recipe, overrides)
@@ -98,18 +138,20 @@ def train(
         raise InvalidInput("overrides go with a recipe file; a Recipe has model_copy(update=…)")
     reporter = reporter or _Silent()
     path = Path(runs) / recipe.name
-    if path.exists() and not resume and any(path.iterdir()):
-        raise InvalidInput(
-            f"run {path} exists: resume it (--resume), choose another name, or remove the folder"
-        )
+    if not resume:
+        _check_new(path)
     model = model or load_model(recipe.model, dtype=recipe.dtype, device=recipe.device)
     recipe = recipe.model_copy(update={"dtype": str(model.cfg.dtype).removeprefix("torch.")})
     if resume and (path / "recipe.yaml").exists():
-        _check_same_recipe(path, recipe)
-    if (path / "final").exists() and _is_finished(path, recipe):
+        _check_same_recipe(path, read_recipe(path / "recipe.yaml"), recipe)
+    if (finished := _finished(path, recipe)) is not None:
         reporter.line(f"{path} is finished; nothing to do")
-        return Run(path, SAE.load(path / "final"), read_json(path / "final" / "metrics.json"))
-    return _Session(recipe, model, path, resume, reporter).run()
+        return finished
+    with checkpoint.exclusive(path, reporter.line):
+        if not resume:
+            _check_new(path)  # nobody may have written it while the model was loading
+        checkpoint.clean(path)
+        return _Session(recipe, model, path, resume, reporter).run()
 
 
 class _Session:
@@ -120,28 +162,17 @@ class _Session:
     ) -> None:
         self.recipe, self.model, self.path, self.reporter = recipe, model, path, reporter
         self.train_tokens, self.held_out = corpora(recipe, model)
-        sae = SAE.new(
-            recipe.sae.architecture,
-            d_in=site_width(model, recipe.site),
-            d_sae=recipe.sae.d_sae,
-            k=getattr(recipe.sae, "k", None),
-            site=recipe.site,
-            model=recipe.model,
-            seed=recipe.seed,
-        ).to(model.cfg.device)
-        sae.config.metadata.update(_metadata(recipe, model))
-        self.trainer = Trainer(sae, **recipe.training.model_dump())
-        found = checkpoint.newest(path) if resume else None
-        state: dict[str, Any] = {}
-        if found is not None:
-            tensors, state = checkpoint.load(found)
-            self.trainer.restore(tensors, state["trainer"])
-            reporter.line(f"resumed from {found}")
-        path.mkdir(parents=True, exist_ok=True)
+        self.origin = origin(recipe, model)
+        widths = {site: site_width(model, site) for site in recipe.sites}
+        metadata = _metadata(recipe, model)
+        self.trainees = [
+            Trainee(member, widths, model, metadata, path / member.name) for member in recipe.members
+        ]
+        state = self._restore() if resume else {}
         write_recipe(path / "recipe.yaml", recipe)
         self.stream = Activations(
             model,
-            recipe.site,
+            recipe.sites,
             self.train_tokens,
             recipe.training.batch_size,
             ring=max(recipe.training.ring, recipe.training.batch_size),
@@ -149,34 +180,57 @@ class _Session:
             seed=recipe.seed,
             start=_stream_position(state["stream"]) if state else StreamPosition(),
         )
-        self.tracker = Tracker(
-            path,
-            recipe.name,
-            recipe.model_dump(mode="json"),
-            recipe.wandb,
-            wandb_id=state.get("wandb_id"),
-            step=self.trainer.steps_taken,
-        )
+        self.wandb_ids = {key: own["wandb_id"] for key, own in state.get("saes", {}).items()}
 
-    def run(self) -> Run:
-        failed = True
-        try:
+    def _restore(self) -> dict[str, Any]:
+        """Put the trainers where the newest checkpoint left them → its state; empty where there is none."""
+        found = checkpoint.newest(self.path, self.reporter.line)
+        if found is None:
+            return {}
+        tensors, state = checkpoint.load(found)
+        checkpoint.check_origin(state.get("origin", {}), self.origin, found)
+        before = parse_recipe(state["recipe"], str(found))
+        _check_same_recipe(self.path, before, self.recipe)
+        for trainee in self.trainees:
+            trainee.restore(tensors, state["saes"][trainee.key])
+        self.reporter.line(f"resumed from {found}")
+        return state
+
+    def run(self) -> Run | Sweep:
+        with contextlib.ExitStack() as stack:
+            for trainee in self.trainees:
+                self._track(trainee, stack)
             self._steps()
-            result = self._finish()
-            failed = False
-            return result
-        finally:
-            self.tracker.close(failed=failed)
+            return self._finish()
+
+    def _track(self, trainee: Trainee, stack: contextlib.ExitStack) -> None:
+        """Open a trainee's rows until the stack unwinds, by an exception or at the end."""
+        recipe, member = self.recipe, trainee.member
+        own = member.section.name or member.name
+        tracker = trainee.track(
+            f"{recipe.name}/{own}" if own else recipe.name,
+            recipe.model_dump(mode="json") | {"sae": member.section.model_dump(mode="json")},
+            recipe.wandb,
+            group=recipe.wandb.group or (recipe.name if recipe.is_sweep else None),
+            wandb_id=self.wandb_ids.get(trainee.key),
+        )
+        stack.push(lambda kind, *_: tracker.close(failed=kind is not None))
+
+    @property
+    def step(self) -> int:
+        return self.trainees[0].trainer.steps_taken
 
     def _steps(self) -> None:
-        config, trainer = self.recipe.training, self.trainer
+        config = self.recipe.training
         with checkpoint.stop_on_signals() as stop:
-            clock = _Clock(trainer.tokens_seen)
-            for x in self._batches():
-                out = trainer.step(x)
-                step = trainer.steps_taken
+            clock = _Clock(self.trainees[0].trainer.tokens_seen)
+            for batch in self._batches():
+                outs = [trainee.step(batch) for trainee in self.trainees]
+                step = self.step
                 if step % config.log_every == 0 or step == config.steps:
-                    self._log(out, clock)
+                    figures = [trainee.log(out) for trainee, out in zip(self.trainees, outs, strict=True)]
+                    rate = clock.rate(self.trainees[0].trainer.tokens_seen)
+                    self.reporter.progress(step, config.steps, _told(figures, rate))
                 if config.evaluate_every and step % config.evaluate_every == 0 and step < config.steps:
                     self._evaluate()
                 if step < config.steps and (
@@ -186,83 +240,59 @@ class _Session:
                 if stop.asked and step < config.steps:
                     raise Interrupted(f"stopped at step {step} of {config.steps}; go on with --resume")
 
-    def _batches(self) -> Iterator[Tensor]:
-        batches = iter(self.stream)
-        while self.trainer.steps_taken < self.recipe.training.steps:
+    def _batches(self) -> Iterator[Rows]:
+        batches = self.stream.batches()
+        while self.step < self.recipe.training.steps:
             yield next(batches)
 
-    def _log(self, out: StepOutput, clock: _Clock) -> None:
-        trainer = self.trainer
-        figures = {name: float(value) for name, value in out._asdict().items()}
-        if not figures["loss"] == figures["loss"]:
-            raise InvalidInput(
-                f"the loss became NaN at step {trainer.steps_taken}: lower training.lr (now {self.recipe.training.lr})"
-            )
-        row: dict[str, float] = {
-            "step": trainer.steps_taken,
-            SAMPLES: trainer.tokens_seen,
-            "losses/overall_loss": figures["loss"],
-            "losses/mse_loss": figures["mse"],
-            "metrics/l0": figures["l0"],
-            "metrics/explained_variance": figures["explained_variance"],
-            "sparsity/dead_features": round(figures["dead"] * trainer.sae.d_sae),
-            "details/current_learning_rate": trainer.learning_rate,
-        }
-        if trainer.sae.architecture == "standard":
-            row["losses/l1_loss"] = figures["sparsity"]
-            row["details/l1_coefficient"] = self.recipe.training.l1_coefficient
-        else:
-            row["losses/auxiliary_reconstruction_loss"] = figures["aux"]
-        self.tracker.log(row)
-        self.reporter.progress(
-            trainer.steps_taken,
-            self.recipe.training.steps,
-            figures | {"tokens_per_second": clock.rate(trainer.tokens_seen)},
-        )
-
-    def _evaluate(self) -> dict[str, float]:
-        metrics = evaluate(
-            self.model, self.trainer.sae, self.held_out, max_tokens=self.recipe.training.evaluate_tokens
-        )
-        self.tracker.log(
-            {
-                "step": self.trainer.steps_taken,
-                SAMPLES: self.trainer.tokens_seen,
-                "metrics/ce_loss_score": metrics.get("ce_recovered", 0.0),
-                "metrics/mean_log10_feature_sparsity": metrics["mean_log10_density"],
-                **{f"held_out/{name}": value for name, value in metrics.items()},
-            }
-        )
-        return metrics
+    def _evaluate(self) -> list[Evaluation]:
+        tokens = self.recipe.training.evaluate_tokens
+        return [trainee.evaluate(self.model, self.held_out, tokens) for trainee in self.trainees]
 
     def _checkpoint(self) -> None:
-        self.tracker.checkpointed()
+        for trainee in self.trainees:
+            trainee.tracker.checkpointed()
         checkpoint.save(
             self.path,
-            self.trainer.steps_taken,
-            self.trainer.tensors(),
+            self.step,
+            {name: tensor for trainee in self.trainees for name, tensor in trainee.tensors().items()},
             {
-                "trainer": self.trainer.counters(),
+                "origin": self.origin,
+                "recipe": self.recipe.model_dump(mode="json"),
                 "stream": self.stream.position,
-                "wandb_id": self.tracker.wandb_id,
+                "saes": {trainee.key: trainee.state() for trainee in self.trainees},
             },
             self.recipe.training.keep_checkpoints,
         )
 
-    def _finish(self) -> Run:
-        """Evaluate, write `final`, and only then the last checkpoint, which is what makes a run finished."""
-        metrics = self._evaluate()
-        sae = self.trainer.sae
-        sae.config.metadata.update(l0=metrics["l0"], num_dead_features=metrics["dead_latents"])
-        with staged(self.path / "final") as building:
-            save_sae(sae, building / "sae")
-            for file in (building / "sae").iterdir():
-                file.rename(building / file.name)
-            (building / "sae").rmdir()
-            write_json(building / "metrics.json", metrics)
+    def _finish(self) -> Run | Sweep:
+        """Evaluate, write every `final`, and only then the last checkpoint, which is what makes a run finished."""
+        found = self._evaluate()
+        for trainee, evaluation in zip(self.trainees, found, strict=True):
+            trainee.finish(evaluation)
+        comparison = pareto_of_sweep(self.path) if self.recipe.is_sweep else None
         self._checkpoint()
-        self.tracker.publish(self.path / "final", self.recipe.name, metrics)
-        return Run(self.path, sae.requires_grad_(False), metrics)
+        runs = []
+        for trainee, evaluation in zip(self.trainees, found, strict=True):
+            title = "-".join(filter(None, (self.recipe.name, trainee.member.name)))
+            trainee.publish(title, evaluation.figures, comparison)
+            sae = trainee.trainer.sae.requires_grad_(False)
+            runs.append(Run(trainee.folder, sae, evaluation.figures))
+        return Sweep(self.path, tuple(runs)) if self.recipe.is_sweep else runs[0]
+
+
+def _told(figures: list[dict[str, float]], rate: float) -> dict[str, float]:
+    """What a reporter is told: one SAE's figures, or how many there are and how far they reach."""
+    if len(figures) == 1:
+        return figures[0] | {"tokens_per_second": rate}
+    ev = [own["explained_variance"] for own in figures]
+    return {
+        "saes": len(figures),
+        "explained_variance_low": min(ev),
+        "explained_variance_high": max(ev),
+        "dead": max(own["dead"] for own in figures),
+        "tokens_per_second": rate,
+    }
 
 
 class _Clock:
@@ -278,7 +308,8 @@ class _Clock:
 def corpora(recipe: Recipe, model: TransformerBridge) -> tuple[Tokens, Tokens]:
     """(endless training contexts, one pass of held-out contexts), which share no document."""
     data = recipe.data
-    check_site(model, recipe.site)
+    for site in recipe.sites:
+        check_site(model, site)
     apart = data.held_out_text is None
     base = tokenize(
         _source(data.text),
@@ -319,7 +350,6 @@ def _metadata(recipe: Recipe, model: TransformerBridge) -> dict[str, Any]:
         "exclude_special_tokens": list(special_ids(model)),
         "dataset_path": text if isinstance(text, str) else ",".join(Path(part).name for part in text),
         "model_from_pretrained_kwargs": {},
-        "training_architecture": recipe.sae.architecture,
     }
 
 
@@ -328,13 +358,28 @@ def _stream_position(saved: Any) -> StreamPosition:
     return StreamPosition(Position(*filled_from), fill, given)
 
 
-def _is_finished(path: Path, recipe: Recipe) -> bool:
+def _check_new(path: Path) -> None:
+    if path.exists() and any(entry.name != checkpoint.LOCK for entry in path.iterdir()):
+        raise InvalidInput(
+            f"run {path} exists: resume it (--resume), choose another name, or remove the folder"
+        )
+
+
+def _finished(path: Path, recipe: Recipe) -> Run | Sweep | None:
+    """What a finished run left, or None where something is to be done."""
+    folders = [path / member.name for member in recipe.members]
     newest = checkpoint.newest(path)
-    return newest is not None and newest.name == f"step-{recipe.training.steps}"
+    last = f"step-{recipe.training.steps}"
+    if newest is None or newest.name != last or not all((folder / FINAL).exists() for folder in folders):
+        return None
+    runs = [
+        Run(folder, SAE.load(folder / FINAL), read_json(folder / FINAL / "metrics.json"))
+        for folder in folders
+    ]
+    return Sweep(path, tuple(runs)) if recipe.is_sweep else runs[0]
 
 
-def _check_same_recipe(path: Path, recipe: Recipe) -> None:
-    before = read_recipe(path / "recipe.yaml")
+def _check_same_recipe(path: Path, before: Recipe | LanguageModelRecipe, recipe: Recipe) -> None:
     if changed := differences(before, recipe, FREE_ON_RESUME):
         details = "; ".join(f"{key}: {old!r} then, {new!r} now" for key, old, new in changed)
         raise InvalidInput(

@@ -1,4 +1,4 @@
-"""Learning-rate and coefficient schedules as functions of the step alone, so that a resume needs no state."""
+"""Learning-rate, coefficient and K schedules as functions of the step alone, so that a resume needs no state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def learning_rate(step: int, steps: int, *, shape: str, warmup: float, decay: fl
 
     Linear warm-up over the first `warmup` share, flat, then linear or cosine decay to 0 over the last `decay`.
     """
-    risen = min(1.0, (step + 1) / (warmup * steps)) if warmup > 0 else 1.0
+    risen = warmed(step, steps, warmup)
     if shape == "constant" or decay == 0:
         return risen
     left = max(0.0, min(1.0, (steps - step) / (decay * steps)))
@@ -20,3 +20,15 @@ def learning_rate(step: int, steps: int, *, shape: str, warmup: float, decay: fl
 def warmed(step: int, steps: int, warmup: float) -> float:
     """The factor of a coefficient that rises linearly over the first `warmup` share of the run."""
     return min(1.0, (step + 1) / (warmup * steps)) if warmup > 0 else 1.0
+
+
+def k_at(step: int, steps: int, *, k: int, start: int | None, warmup: float) -> int:
+    """Latents kept per token: from `start` to k, linearly over the first `warmup` share, then k."""
+    if start is None or warmup == 0:
+        return k
+    return round(start + (k - start) * min(1.0, step / (warmup * steps)))
+
+
+def due(step: int, steps: int, shares: tuple[float, ...]) -> bool:
+    """Whether `step` (counted from 1) is the one at which a share of the run is reached."""
+    return any(step == max(1, round(share * steps)) for share in shares)

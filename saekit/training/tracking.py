@@ -30,7 +30,7 @@ class WandbConfig(BaseModel):
     mode: Mode = "disabled"
     project: str = "saekit"
     entity: str | None = None
-    group: str | None = None
+    group: str | None = None  # None: a sweep's name; of a single SAE, none
     tags: tuple[str, ...] = ()
 
     def resolved_mode(self) -> Mode:
@@ -43,10 +43,13 @@ class WandbConfig(BaseModel):
 
 
 class Tracker:
-    """Writes rows for one run.
+    """Writes the rows of one SAE. Several live side by side in one process.
 
-    run: its folder. wandb_id: of the run to continue, from the checkpoint. step: rows beyond it are dropped,
-    because the steps that wrote them will be taken again.
+    run: its folder. group: of W&B runs that belong together. wandb_id: of the W&B run to continue, from the checkpoint.
+    step: rows beyond it are dropped, because the steps that wrote them will be taken again.
+
+    A row's number in the file is its step in W&B, so a resumed W&B run, which drops steps that it has, holds every row
+    once: those dropped are, the resume being exact, the same.
     """
 
     def __init__(
@@ -58,14 +61,15 @@ class Tracker:
         *,
         wandb_id: str | None,
         step: int,
+        group: str | None = None,
     ) -> None:
         self._path = run / ROWS
-        _drop_rows_beyond(self._path, step)
+        self._rows = _drop_rows_beyond(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb = None
         mode = wandb.resolved_mode()
         if mode != "disabled":
-            self._wandb = _start_wandb(run, name, config, wandb, mode, wandb_id)
+            self._wandb = _start_wandb(run, name, config, wandb, group, mode, wandb_id)
         self.wandb_id: str | None = self._wandb.id if self._wandb else wandb_id
 
     def log(self, row: Mapping[str, float | int]) -> None:
@@ -73,11 +77,19 @@ class Tracker:
         self._file.write(json.dumps(dict(row)) + "\n")
         self._file.flush()
         if self._wandb:
-            self._wandb.log(dict(row))
+            self._wandb.log(dict(row), step=self._rows, commit=True)
+        self._rows += 1
 
     def checkpointed(self) -> None:
         """Make the rows as durable as the checkpoint just written."""
         fsync(self._path)
+
+    def show(self, name: str, picture: Path) -> None:
+        """Put a picture into the W&B run's summary; its history stays that of the rows."""
+        if self._wandb:
+            import wandb
+
+            self._wandb.summary[name] = wandb.Image(str(picture))
 
     def publish(self, folder: Path, name: str, metadata: Mapping[str, Any]) -> None:
         """Send a folder as an artifact of type `model`."""
@@ -95,7 +107,13 @@ class Tracker:
 
 
 def _start_wandb(
-    run: Path, name: str, config: Mapping[str, Any], wandb_config: WandbConfig, mode: Mode, run_id: str | None
+    run: Path,
+    name: str,
+    config: Mapping[str, Any],
+    wandb_config: WandbConfig,
+    group: str | None,
+    mode: Mode,
+    run_id: str | None,
 ) -> Any:
     import wandb
 
@@ -103,9 +121,10 @@ def _start_wandb(
         dir=str(run),
         id=run_id,
         resume="allow" if run_id and mode == "online" else None,
+        reinit="create_new",  # beside the runs that are open in this process, the user's own among them
         project=wandb_config.project,
         entity=wandb_config.entity,
-        group=wandb_config.group,
+        group=group,
         tags=list(wandb_config.tags),
         name=name,
         config=dict(config),
@@ -118,10 +137,10 @@ def _start_wandb(
     return started
 
 
-def _drop_rows_beyond(path: Path, step: int) -> None:
-    """Keep the rows of steps up to `step`; a row cut short by a kill goes too."""
+def _drop_rows_beyond(path: Path, step: int) -> int:
+    """Keep the rows of steps up to `step` → their number; a row cut short by a kill goes too."""
     if not path.exists():
-        return
+        return 0
     kept = []
     for line in path.read_text("utf-8").splitlines():
         try:
@@ -134,6 +153,7 @@ def _drop_rows_beyond(path: Path, step: int) -> None:
     replacement.write_text("".join(f"{line}\n" for line in kept), "utf-8")
     fsync(replacement)
     replacement.replace(path)
+    return len(kept)
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:

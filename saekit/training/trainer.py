@@ -7,9 +7,10 @@ The step, in the order of the papers:
 **Scale.** The recipes are written for data with E‖x‖ = √D. Instead of scaling the data, and then having to fold the
 scale into the weights, the weights stay in raw units and the optimizer works in the scaled ones: with s = √D / E‖x‖,
 W_enc moves s times as far as its learning rate says, W_dec and b_dec 1/s times. That is the same trajectory (Adam is
-equivariant under scaling of a parameter), and the SAE takes raw activations at any moment.
+equivariant under scaling of a parameter), and the SAE takes raw activations at any moment. Where one scale will not do
+(whitening, crosscoders), training has a frame of its own and folds after every step (`training.frame`).
 
-B tokens, D = d_in, S = d_sae.
+B tokens, D = d_in, E = d_out, S = d_sae.
 """
 
 from __future__ import annotations
@@ -19,13 +20,24 @@ from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from saekit.errors import InvalidInput
-from saekit.sae import SAE, objectives
-from saekit.sae.objectives import Objective
+from saekit.sae import SAE
+from saekit.sae.architectures import Objective, Terms
 from saekit.training.config import TrainingConfig
-from saekit.training.schedules import learning_rate, warmed
+from saekit.training.control import Controller
+from saekit.training.frame import Frame, scale, scaling, whitening
+from saekit.training.resample import resample
+from saekit.training.schedules import due, k_at, learning_rate, warmed
+
+FIRST_RATE, FIRST_ROWS = (
+    0.05,
+    1024,
+)  # share of the first rows on which a fresh latent fires, after Anthropic, January 2025
+THRESHOLD_PACE = 10.0  # times the learning rate, for log θ: Adam moves a weight of 0.01 by far more of itself
+BANDWIDTH = {"step": 0.05, "tanh": 2.0}  # SAELens's default; Anthropic, January 2025
+THRESHOLD_MEMORY = 20  # batches over which BatchTopK's running threshold is averaged
 
 
 class StepOutput(NamedTuple):
@@ -43,62 +55,128 @@ class StepOutput(NamedTuple):
 class Trainer:
     """Trains an SAE on batches of activations.
 
-    sae: changed in place. The keywords are the `training` section of a recipe, see `TrainingConfig`:
-    lr, batch_size, tokens, l1_coefficient, …
+    sae: changed in place, and always ready for raw activations. The keywords are the `training` section of a recipe, see
+    `TrainingConfig`: lr, batch_size, tokens, l1_coefficient, target_l0, …
 
     Raises `InvalidInput` for unknown or impossible keywords.
     """
 
     def __init__(self, sae: SAE, **training: Any) -> None:
         try:
-            self.config = TrainingConfig(**training)
+            self.config = config = TrainingConfig(**training)
         except ValidationError as error:
             lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
             raise InvalidInput("training: " + "; ".join(lines)) from None
+        kind = sae.kind
         if sae.config.center_input or sae.config.rescale_acts_by_decoder_norm:
             raise InvalidInput("training goes on plain activations: start from SAE.new")
+        if config.target_l0 is not None and kind.penalty is None:
+            raise InvalidInput(f"target_l0: {sae.architecture} is told its L0 by k, not by a coefficient")
         self.sae = sae.requires_grad_(True)
         self.steps_taken = 0
         self.tokens_seen = 0
-        self.scale = 1.0  # s, set by the first batch
-        self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.b_enc.device)
-        self._unit_rows = sae.architecture == "topk"
+        self.scale = self.scale_in = 1.0  # s of the target and of the input, set by the first batch
+        self.frame: Frame | None = None  # likewise, where one scale will not do
+        self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_dec.device)
+        self._framed = config.normalize == "whiten" or (
+            config.normalize == "expected_norm" and sae.is_crosscoder
+        )
+        self._inner = self._copy_of(sae) if self._framed else sae
+        self._log_threshold = nn.Parameter(torch.zeros(sae.d_sae, device=sae.W_dec.device))
+        self._trained = dict(self._inner.named_parameters())
+        if "threshold" in self._trained:  # moves in log θ, which keeps it positive (Rajamanoharan 2024)
+            self._trained["threshold"] = self._log_threshold
+            self._follow_threshold()
+        self._unit_rows = (config.decoder or kind.decoder) == "unit"
+        self._dead_latents = config.dead_latents or kind.dead_latents
+        self._control: Controller | None = None
+        if config.target_l0 is not None:
+            start = config.l1_coefficient if kind.penalty == "l1" else config.l0_coefficient
+            self._control = Controller(
+                config.target_l0,
+                start,
+                steps=config.steps,
+                device=sae.W_dec.device,
+            )
         self._optimizer = self._make_optimizer()
 
-    def step(self, x: Tensor) -> StepOutput:
-        """One optimizer step on x [B, D], float32 or bfloat16. Raises `InvalidInput` on a wrong shape or NaN loss."""
-        if x.ndim != 2 or x.shape[1] != self.sae.d_in or len(x) == 0:
-            raise InvalidInput(f"step: expected activations [B, {self.sae.d_in}], got {tuple(x.shape)}")
-        x = x.to(self.sae.W_dec.device, torch.float32)
-        if self.steps_taken == 0:
-            self._start_from(x)
+    def step(self, x: Tensor, target: Tensor | None = None) -> StepOutput:
+        """One optimizer step on x [B, D], float32 or bfloat16; target [B, E]: what a transcoder is to predict.
 
-        objective = self._objective(x)
+        Raises `InvalidInput` on a wrong shape, a missing target, or a first batch that holds NaN.
+        """
+        x, y = self._checked(x, target)
+        if self.steps_taken == 0:
+            self._start_from(x, y)
+        if self.frame is not None:
+            x, y = self.frame.input(x), self.frame.output(y)
+        inner = self._inner
+
+        objective = inner.kind.objective(inner, x, y, self._terms())
         self._optimizer.zero_grad()
+        inner.zero_grad()
         objective.loss.backward()
+        if inner.kind.penalty == "l0":
+            self._log_threshold.grad = inner.threshold.grad * inner.threshold.detach()  # type: ignore[operator]
         if self._unit_rows:
-            remove_parallel(self.sae.W_dec, self.sae.W_dec.grad)
+            remove_parallel(inner.W_dec, inner.W_dec.grad)
         self._clip()
         self._set_learning_rate()
         self._optimizer.step()
-        if self._unit_rows:
-            with torch.no_grad():
-                self.sae.W_dec.mul_(1 / (self.scale * self.sae.W_dec.norm(dim=1, keepdim=True)))
-        return self._account(objective, len(x))
+        output = self._account(objective, len(x))
+        if self._dead_latents == "resample" and due(
+            self.steps_taken, self.config.steps, self.config.resample_at
+        ):
+            self._resample(x, y, objective.error)
+        self._constrain(objective)
+        return output
 
-    def _objective(self, x: Tensor) -> Objective:
-        config = self.config
-        if self.sae.architecture == "standard":
-            l1 = config.l1_coefficient * warmed(self.steps_taken, config.steps, config.l1_warmup)
-            return objectives.standard(self.sae, x, scale=self.scale, l1_coefficient=l1)
-        dead = self.dead
-        return objectives.topk(
-            self.sae,
-            x,
-            dead=dead if bool(dead.any()) else None,
-            aux_coefficient=config.aux_coefficient,
-            aux_k=config.aux_k or max(1, self.sae.d_in // 2),
+    def _checked(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        sae = self.sae
+        if x.ndim != 2 or x.shape[1] != sae.d_in or len(x) == 0:
+            raise InvalidInput(f"step: expected activations [B, {sae.d_in}], got {tuple(x.shape)}")
+        x = x.to(sae.W_dec.device, torch.float32)
+        if not sae.is_transcoder:
+            if target is not None:
+                raise InvalidInput("step: only a transcoder takes a target; this SAE reconstructs x")
+            return x, x
+        if target is None or target.shape != (len(x), sae.d_out):
+            got = "none" if target is None else str(tuple(target.shape))
+            raise InvalidInput(f"step: a transcoder needs a target [{len(x)}, {sae.d_out}], got {got}")
+        return x, target.to(x)
+
+    def _terms(self) -> Terms:
+        config, sae, step = self.config, self.sae, self.steps_taken
+        dead = None
+        # Nobody can be dead before `dead_after` tokens were seen: no need to look, which waits for the device.
+        if (
+            self._dead_latents == "auxk"
+            and config.aux_coefficient > 0
+            and self.tokens_seen >= config.dead_after
+        ):
+            dead = self.dead if bool(self.dead.any()) else None
+        return Terms(
+            scale=self.scale,
+            sparsity=self.coefficient,
+            k=k_at(step, config.steps, k=sae.k, start=config.k_start, warmup=config.k_warmup) if sae.k else 0,
+            dead=dead,
+            aux=config.aux_coefficient,
+            aux_k=config.aux_k or max(1, sae.d_out // 2),
+            bandwidth=config.bandwidth or BANDWIDTH[config.l0_penalty],
+            l0_penalty=config.l0_penalty,
+            tanh_scale=config.tanh_scale,
+            preact=config.preact_coefficient,
         )
+
+    @property
+    def coefficient(self) -> Tensor | float:
+        """λ at this step, warmed up or controlled; 0 where k does its work."""
+        config, penalty = self.config, self.sae.kind.penalty
+        if penalty is None:
+            return 0.0
+        fixed = config.l1_coefficient if penalty == "l1" else config.l0_coefficient
+        value = fixed if self._control is None else self._control.coefficient
+        return value * warmed(self.steps_taken, config.steps, config.sparsity_warmup)
 
     @property
     def dead(self) -> Tensor:
@@ -116,7 +194,10 @@ class Trainer:
             decay=config.lr_decay,
         )
 
+    @torch.no_grad()
     def _account(self, objective: Objective, tokens: int) -> StepOutput:
+        if self._control is not None:
+            self._control.update(objective.l0, self.steps_taken)
         self.steps_taken += 1
         self.tokens_seen += tokens
         self.tokens_since_fired = torch.where(objective.fired, 0, self.tokens_since_fired + tokens)
@@ -130,14 +211,50 @@ class Trainer:
             dead=self.dead.float().mean(),
         )
 
+    @torch.no_grad()
+    def _constrain(self, objective: Objective) -> None:
+        """What has to hold after each step: unit rows, θ = e^{log θ}, the running threshold, the folded weights."""
+        inner = self._inner
+        if self._unit_rows:
+            inner.W_dec.mul_(1 / (self.scale * inner.W_dec.norm(dim=1, keepdim=True)))
+        if inner.kind.penalty == "l0":
+            inner.threshold.copy_(self._log_threshold.exp())
+        if inner.kind.running_threshold and objective.smallest is not None:
+            share = 1 / min(self.steps_taken, THRESHOLD_MEMORY)
+            moved = inner.threshold.lerp(objective.smallest, share)
+            inner.threshold.copy_(torch.where(objective.smallest.isfinite(), moved, inner.threshold))
+        if self.frame is not None:
+            self.frame.fold(inner, self.sae)
+
+    @torch.no_grad()
+    def _resample(self, x: Tensor, y: Tensor, error: Tensor) -> None:
+        """New rows for dead latents, and no memory of the old ones in Adam."""
+        latents = resample(self._inner, self.dead, x, y, error, seed=self.steps_taken)
+        self._follow_threshold()
+        self.tokens_since_fired[latents] = 0
+        for name, parameter in self._trained.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                moments = self._optimizer.state[parameter][key]
+                if name == "W_enc":
+                    moments[:, latents] = 0
+                elif name not in ("b_dec", "W_skip"):
+                    moments[latents] = 0
+
     # The optimizer, in scaled units
 
     def _units(self) -> dict[str, float]:
         """How far each parameter moves in raw units for one unit in scaled ones."""
-        return {"W_enc": self.scale, "W_dec": 1 / self.scale, "b_enc": 1.0, "b_dec": 1 / self.scale}
+        known = {
+            "W_enc": self.scale_in,
+            "W_dec": 1 / self.scale,
+            "b_dec": 1 / self.scale,
+            "W_skip": self.scale_in / self.scale,
+            "threshold": THRESHOLD_PACE,
+        }
+        return {name: known.get(name, 1.0) for name in self._trained}
 
     def _make_optimizer(self) -> torch.optim.Adam:
-        groups = [{"params": [getattr(self.sae, name)], "name": name} for name in self._units()]
+        groups = [{"params": [parameter], "name": name} for name, parameter in self._trained.items()]
         return torch.optim.Adam(
             groups, lr=self.config.lr, betas=self.config.adam_betas, eps=self.config.adam_eps, fused=True
         )
@@ -153,49 +270,90 @@ class Trainer:
         """Gradient clipping by the global norm, in scaled units."""
         if self.config.clip_grad_norm is None:
             return
-        pairs = [(getattr(self.sae, name).grad, unit) for name, unit in self._units().items()]
+        units = self._units()
+        pairs = [(p.grad, units[name]) for name, p in self._trained.items() if p.grad is not None]
         norm = torch.stack([grad.norm() * unit for grad, unit in pairs]).norm()
         factor = (self.config.clip_grad_norm / norm).clamp_max(1.0)
         for grad, _ in pairs:
             grad.mul_(factor)
 
-    @torch.no_grad()
-    def _start_from(self, x: Tensor) -> None:
-        """Fit the fresh SAE to its first batch: the scale, and b_dec at the geometric median (Bricken 2023; Gao 2024).
+    # The start
 
-        The April 2024 recipe starts b_dec at 0, which a long run forgives and a short one does not: in scaled units the
-        mean's coordinates are near 1, hundreds of steps away at Adam's rate.
+    @torch.no_grad()
+    def _start_from(self, x: Tensor, y: Tensor) -> None:
+        """Fit the fresh SAE to its first batch: the scale, the origin, and how often latents fire at first.
+
+        The April 2024 recipe starts all biases at 0, which a long run forgives and a short one does not: b_dec may lie
+        hundreds of steps away at Adam's rate, and L0 starts at half of d_sae. A transcoder's encoder is centred likewise.
         """
-        if not bool(torch.isfinite(x).all()):
+        if not bool(torch.isfinite(x).all() and torch.isfinite(y).all()):
             raise InvalidInput("step: the first batch holds NaN or infinite activations")
+        inner = self._inner
+        if self._framed:
+            self.frame = self._make_frame(x, y)
+            x, y = self.frame.input(x), self.frame.output(y)
+        elif self.config.normalize == "expected_norm":
+            self.scale_in, self.scale = scale(x), scale(y)
+        inner.W_enc.mul_(self.scale_in)
+        inner.W_dec.div_(self.scale)
+        if self._unit_rows:
+            inner.W_dec.div_(self.scale * inner.W_dec.norm(dim=1, keepdim=True))
+        inner.b_dec.copy_(origin(y))
+        if inner.shift is None:
+            inner.encoder_bias.sub_(origin(x) @ inner.W_enc)
+        if not inner.kind.takes_k:  # else k says how many fire
+            p = inner.preactivations(x[:FIRST_ROWS])
+            highest = p.topk(math.ceil(FIRST_RATE * len(p)), dim=0).values[-1]
+            inner.encoder_bias.add_((inner.threshold if inner.kind.penalty == "l0" else 0) - highest)
+
+    def _make_frame(self, x: Tensor, y: Tensor) -> Frame:
         if self.config.normalize == "expected_norm":
-            norm = x.norm(dim=1).mean().item()
-            if norm == 0:
-                raise InvalidInput("step: every activation in the first batch is zero")
-            self.scale = math.sqrt(self.sae.d_in) / norm
-        sae = self.sae
-        sae.W_enc.mul_(self.scale)
-        sae.W_dec.div_(self.scale)
-        sae.b_dec.copy_(geometric_median(x))
+            maps = scaling(x, self.sae.widths)
+            return Frame(maps, maps)
+        maps = whitening(x)
+        return Frame(maps, whitening(y) if self.sae.is_transcoder else maps)
+
+    def _copy_of(self, sae: SAE) -> SAE:
+        inner = SAE(sae.config).to(sae.W_dec.device)
+        inner.load_state_dict(sae.state_dict())
+        return inner
+
+    @torch.no_grad()
+    def _follow_threshold(self) -> None:
+        """log θ of a θ that was set from outside."""
+        if self.sae.kind.penalty == "l0":
+            self._log_threshold.copy_(self._inner.threshold.log())
 
     # Exact state, for checkpoints
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor a resumed run needs; safe to hold only until the next step."""
-        state = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        state = {f"sae.{name}": tensor for name, tensor in self._inner.state_dict().items()}
         for group in self._optimizer.param_groups:
             for name, tensor in self._optimizer.state[group["params"][0]].items():
                 state[f"adam.{group['name']}.{name}"] = tensor
-        return state | {"tokens_since_fired": self.tokens_since_fired}
+        state["tokens_since_fired"] = self.tokens_since_fired
+        state["log_threshold"] = self._log_threshold
+        if self.frame is not None:
+            state |= {f"frame.{name}": tensor for name, tensor in self.frame.tensors().items()}
+        if self._control is not None:
+            state["control"] = self._control.state
+        return state
 
     def counters(self) -> dict[str, Any]:
-        return {"steps_taken": self.steps_taken, "tokens_seen": self.tokens_seen, "scale": self.scale}
+        return {
+            "steps_taken": self.steps_taken,
+            "tokens_seen": self.tokens_seen,
+            "scale": self.scale,
+            "scale_in": self.scale_in,
+        }
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
         """The inverse of `tensors` and `counters`."""
-        for name, parameter in self.sae.named_parameters():
-            parameter.copy_(tensors[f"sae.{name}"])
+        device = self.tokens_since_fired.device
+        for name, tensor in self._inner.state_dict().items():
+            tensor.copy_(tensors[f"sae.{name}"])
         for group in self._optimizer.param_groups:
             parameter = group["params"][0]
             prefix = f"adam.{group['name']}."
@@ -207,9 +365,18 @@ class Trainer:
                 for name, tensor in tensors.items()
                 if name.startswith(prefix)
             }
-        self.tokens_since_fired = tensors["tokens_since_fired"].to(self.tokens_since_fired.device)
+        self.tokens_since_fired = tensors["tokens_since_fired"].to(device)
+        self._log_threshold.copy_(tensors["log_threshold"])
         self.steps_taken, self.tokens_seen = counters["steps_taken"], counters["tokens_seen"]
-        self.scale = counters["scale"]
+        self.scale, self.scale_in = counters["scale"], counters["scale_in"]
+        if self._control is not None:
+            self._control.state = tensors["control"].to(device)
+        if self._framed:
+            parts = {
+                name.removeprefix("frame."): t for name, t in tensors.items() if name.startswith("frame.")
+            }
+            self.frame = Frame.of({name: tensor.to(device) for name, tensor in parts.items()})
+            self.frame.fold(self._inner, self.sae)
 
 
 @torch.no_grad()
@@ -221,6 +388,19 @@ def remove_parallel(rows: Tensor, grad: Tensor | None) -> None:
     assert grad is not None
     along = (grad * rows).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True)
     grad.addcmul_(rows, along, value=-1)
+
+
+@torch.no_grad()
+def origin(x: Tensor) -> Tensor:
+    """Where b_dec starts: the geometric median m of x [B, D] (Bricken 2023; Gao 2024), shrunk coordinate by coordinate.
+
+    Latents only add, so b_dec should be the point from which they add, where all are off, and not the middle of the data.
+    A coordinate whose mean is far above its spread v is an offset and stays; in the others the mean is the latents' own
+    doing: m² / (m² + v) of it is kept. (Measured: LOG.md, November 2026.)
+    """
+    median = geometric_median(x)
+    spread = (x - median).square().mean(0)
+    return median * median.square() / (median.square() + spread).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 @torch.no_grad()

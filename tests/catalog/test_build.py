@@ -192,7 +192,7 @@ def test_wrong_builds(model, sae, tmp_path) -> None:
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(InvalidInput, match="exists and is no catalog"):
         Catalog.build(model, sae, tokens, tmp_path / "mine")
-    with pytest.raises(InvalidInput, match="reads width 8"):
+    with pytest.raises(InvalidInput, match="has width 8"):
         Catalog.build(model, SAE.new("standard", d_in=8, d_sae=8, site=SITE), tokens, tmp_path / "x")
     with pytest.raises(InvalidInput, match="no token to look at"):
         Catalog.build(model, sae, torch.zeros(2, 8, dtype=torch.long), tmp_path / "x")

@@ -85,7 +85,7 @@ def test_figures_draw(catalog, tmp_path) -> None:
 
 def test_a_catalog_knows_its_model(catalog, model, llama) -> None:
     catalog.check_fits(model)
-    with pytest.raises(InvalidInput, match="reads width 256"):
+    with pytest.raises(InvalidInput, match="has width 256"):
         catalog.check_fits(llama)
     other = saekit.load_model("tiny", dtype="float32")
     with torch.no_grad():

@@ -1,0 +1,43 @@
+"""The gated sparse autoencoder: Rajamanoharan 2024, arXiv 2404.16014.
+
+    π = (x − b_dec) W_enc + b_gate                  which latents fire
+    m = e^{r_mag} (x − b_dec) W_enc + b_mag         how strongly
+    f = 1[π > 0] ReLU(m)
+    L = s² mean‖y − x̂(f)‖² + λ mean Σ_i ReLU(π_i) s‖d_i‖ + s² mean‖y − x̂(ReLU(π))‖²
+
+The step has no gradient, so the gate learns through the other two terms. They see a frozen decoder: it should fit f and
+not ReLU(π), and the paper holds its rows at norm 1. Where rows are free, as here, a penalty that reached ‖d_i‖ would
+shrink them, e^{r_mag} would make up for it in f at no cost, and the gate would be left with rows too short to use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from saekit.sae.architectures.base import ALL, Architecture, Objective, Terms, dense_objective
+
+if TYPE_CHECKING:
+    from saekit.sae.model import SAE
+
+
+class Gated(Architecture):
+    name = "gated"
+    vectors: ClassVar[Mapping[str, float]] = {"b_gate": 0.0, "b_mag": 0.0, "r_mag": 0.0}
+    bias = "b_gate"
+    penalty = "l1"
+
+    def activate(self, sae: SAE, p: Tensor, at: slice | Sequence[int] = ALL) -> Tensor:
+        magnitude = sae.r_mag[at].exp() * (p - sae.b_gate[at]) + sae.b_mag[at]
+        return (p > 0) * magnitude.relu()
+
+    def objective(self, sae: SAE, x: Tensor, y: Tensor, terms: Terms) -> Objective:
+        p = sae.preactivations(x)
+        gate = p.relu()
+        sparsity = terms.sparsity * terms.scale * (gate @ sae.decoder_norms().detach()).mean()
+        found = dense_objective(sae, x, y, p, self.activate(sae, p), sparsity, terms)
+        via_gate = gate @ sae.W_dec.detach() + sae.affine(x).detach()
+        aux = terms.scale**2 * (y - via_gate).square().sum(1).mean()
+        return found._replace(loss=found.loss + aux, aux=found.aux + aux.detach())
