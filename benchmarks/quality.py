@@ -107,7 +107,7 @@ class Bench:
             raise RuntimeError(
                 f"{library.name}: saekit reads another SAE than was trained: {trained.difference:.1e}"
             )
-        figures = saekit.evaluate(self.data.model, trained.sae, self.data.held_out)
+        figures = saekit.evaluate(self.data.model, trained.sae, self.data.held_out, faithfulness=False)
         figures["dead_in_training"] = self.dead_share(trained.sae, setting.dead_after)
         figures["difference"] = trained.difference
         self.console.print(
@@ -125,11 +125,14 @@ class Bench:
                 if min(run.off for run in runs) <= CLOSE:
                     break
                 runs.append(self.run(library, replace(setting, coefficient=corrected(runs))))
-            best = min(runs, key=lambda run: run.off)
-            return Row(best, fvu_at_wanted_l0(runs), runs)
-        if ARCHITECTURES[architecture].running_threshold:
-            return Row(runs[0], self.fvu_at_k(runs[0]), runs)
-        return Row(runs[0], runs[0].figures["fvu"], runs)
+            fvu = fvu_at_wanted_l0(runs)
+        elif ARCHITECTURES[architecture].running_threshold:
+            fvu = self.fvu_at_k(runs[0])
+        else:
+            fvu = runs[0].figures["fvu"]
+        best = min(runs, key=lambda run: run.off)
+        best.figures.update(saekit.evaluate(self.data.model, best.trained.sae, self.data.held_out))
+        return Row(best, fvu, runs)
 
     @torch.no_grad()
     def fvu_at_k(self, result: Result) -> float:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from saekit.errors import InvalidInput, near
-from saekit.files import existing
+from saekit.files import existing, replace_text
 from saekit.members import MANY, ONE, SECTIONS, SHARED, Member, Name, Sections, Seed, Site, members
 from saekit.training.config import Count, Positive, Share, TrainingConfig
 from saekit.training.tracking import WandbConfig
@@ -175,9 +175,7 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe | Languag
 
 def write_recipe(path: Path, recipe: Recipe | LanguageModelRecipe) -> None:
     """The recipe with every default spelled out."""
-    path.write_text(
-        yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8"
-    )
+    replace_text(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def differences(old: BaseModel, new: BaseModel, free: Sequence[str]) -> list[tuple[str, Any, Any]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from saekit.errors import FileMissing
 from saekit.recipe import Recipe, read_recipe
@@ -35,9 +37,12 @@ def head(path: Path) -> str:
     return " ".join(lines)
 
 
+def is_of_saes(path: Path) -> bool:
+    return isinstance(read_recipe(path), Recipe)
+
+
 def on_hub(path: Path) -> bool:
-    recipe = read_recipe(path)
-    return isinstance(recipe, Recipe) and recipe.model in KNOWN
+    return is_of_saes(path) and read_recipe(path).model in KNOWN
 
 
 HUB = [path for path in PATHS if on_hub(path)]
@@ -46,13 +51,20 @@ every_on_hub = pytest.mark.parametrize("path", HUB, ids=lambda path: path.stem)
 
 
 @pytest.fixture
-def no_network(monkeypatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a dry run opened a connection")
+def no_network(monkeypatch) -> Iterator[None]:
+    """Fails a test that opens a connection, with nothing but our own code to keep the hub's from trying."""
+    tried = []
 
+    def refuse(*address: object, **_: object) -> None:
+        tried.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+    assert tried == []
 
 
 def test_the_list_in_the_readme_is_whole() -> None:
@@ -65,8 +77,7 @@ def test_a_recipe_says_what_it_shows_and_costs(path) -> None:
     assert re.search(r"\b[Ss]hows?\b", head(path))
     assert "Cost: " in head(path)
     assert "Quality: " in head(path)
-    assert "--resume" not in head(path)
-    assert all(len(line) <= 128 for line in path.read_text("utf-8").splitlines())
+    assert all(len(line) <= 140 for line in path.read_text("utf-8").splitlines())
 
 
 @every
@@ -89,13 +100,10 @@ def test_a_dry_run_needs_no_network(path, monkeypatch) -> None:
     assert f"{told['steps']:,} steps" in told["text"]
 
 
-@every
+@pytest.mark.parametrize("path", [path for path in PATHS if is_of_saes(path)], ids=lambda path: path.stem)
 def test_every_key_goes_with_its_architecture(path) -> None:
     """The trainer refuses what a recipe cannot see, such as target_l0 for an SAE that k rules."""
-    recipe = read_recipe(path)
-    if not isinstance(recipe, Recipe):
-        pytest.skip("trains a language model")
-    for member in recipe.members:
+    for member in read_recipe(path).members:
         k = {"k": 4} if hasattr(member.section, "k") else {}
         Trainer(SAE.new(member.architecture, d_in=8, d_sae=16, **k), **member.training.model_dump())
 
@@ -117,7 +125,7 @@ def test_what_a_recipe_says_of_its_cost_is_what_a_dry_run_says(path) -> None:
         "ring": told["ring_bytes"] / 1e9,
         "disk": told["disk_bytes"] / 1e9,
     }.items():
-        assert number[key] == pytest.approx(value, rel=0.06), key
+        assert number[key] == pytest.approx(value, rel=0.03), key
 
 
 @every_on_hub

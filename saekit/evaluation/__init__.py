@@ -4,9 +4,11 @@ from saekit.evaluation.front import pareto, pareto_front, pareto_of_sweep
 from saekit.evaluation.labelled import read_labelled
 from saekit.evaluation.measure import Evaluation, assess, evaluate
 from saekit.evaluation.probing import probe
+from saekit.evaluation.synthetic import Superposition, recovery
 
 __all__ = [
     "Evaluation",
+    "Superposition",
     "assess",
     "evaluate",
     "pareto",
@@ -14,4 +16,5 @@ __all__ = [
     "pareto_of_sweep",
     "probe",
     "read_labelled",
+    "recovery",
 ]

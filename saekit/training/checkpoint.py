@@ -10,6 +10,7 @@ leaves those before it untouched. Old ones are pruned only after the new one is 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -134,6 +135,28 @@ def _problem(folder: Path) -> str | None:
     if time.time() - max(s.st_ctime for s in before) > SETTLED:
         _whole[folder] = signature
     return None
+
+
+def check_new(run: Path) -> None:
+    """Raises `InvalidInput` where a run was begun before."""
+    if run.exists() and any(entry.name != LOCK for entry in run.iterdir()):
+        raise InvalidInput(
+            f"run {run} exists: resume it (--resume), choose another name, or remove the folder"
+        )
+
+
+@contextlib.contextmanager
+def disk_errors_told(run: Path) -> Iterator[None]:
+    """A disk that is full or fails under a run's rows or its `final` is one clear error: the checkpoints are whole."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+            raise
+        raise InvalidInput(
+            f"run {run}: could not be written ({first_line(error)}); its checkpoints are whole. Make room, then go on with "
+            "--resume"
+        ) from error
 
 
 @contextlib.contextmanager

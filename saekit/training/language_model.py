@@ -70,19 +70,23 @@ def train_language_model(recipe: LanguageModelRecipe, run: Path, *, resume: bool
     `repeat` of no file, or a loss that is not finite; `FileMissing` for texts that are not there; `Interrupted`
     after SIGINT or SIGTERM, once a checkpoint is written.
     """
-    if run.exists() and not resume and any(run.iterdir()):
-        raise InvalidInput(
-            f"run {run} exists: resume it (--resume), choose another name, or remove the folder"
-        )
+    if not resume:
+        checkpoint.check_new(run)
     recipe = _resolved(recipe, run / "recipe.yaml")
     final, newest = run / "final", checkpoint.newest(run)
     if final.exists() and newest is not None and newest.name == f"step-{recipe.steps}":
+        checkpoint.settle(run, recipe.training.keep_checkpoints)
         report(f"{run} is finished; nothing to do")
         return final
-    session = _Session(recipe, run, report)
-    if newest is not None:
-        session.restore(newest)
-    return session.run()
+    with checkpoint.exclusive(run, report), checkpoint.disk_errors_told(run):
+        if not resume:
+            checkpoint.check_new(run)  # nobody may have written it meanwhile
+        checkpoint.clean(run)
+        newest = checkpoint.newest(run, report)
+        session = _Session(recipe, run, report)
+        if newest is not None:
+            session.restore(newest)
+        return session.run()
 
 
 def _resolved(recipe: LanguageModelRecipe, before: Path) -> LanguageModelRecipe:

@@ -139,19 +139,21 @@ def train(
     reporter = reporter or _Silent()
     path = Path(runs) / recipe.name
     if not resume:
-        _check_new(path)
+        checkpoint.check_new(path)
     model = model or load_model(recipe.model, dtype=recipe.dtype, device=recipe.device)
     recipe = recipe.model_copy(update={"dtype": str(model.cfg.dtype).removeprefix("torch.")})
     if resume and (path / "recipe.yaml").exists():
         _check_same_recipe(path, read_recipe(path / "recipe.yaml"), recipe)
     if (finished := _finished(path, recipe)) is not None:
+        checkpoint.settle(path, recipe.training.keep_checkpoints)
         reporter.line(f"{path} is finished; nothing to do")
         return finished
     with checkpoint.exclusive(path, reporter.line):
         if not resume:
-            _check_new(path)  # nobody may have written it while the model was loading
+            checkpoint.check_new(path)  # nobody may have written it while the model was loading
         checkpoint.clean(path)
-        return _Session(recipe, model, path, resume, reporter).run()
+        with checkpoint.disk_errors_told(path):
+            return _Session(recipe, model, path, resume, reporter).run()
 
 
 class _Session:
@@ -356,13 +358,6 @@ def _metadata(recipe: Recipe, model: TransformerBridge) -> dict[str, Any]:
 def _stream_position(saved: Any) -> StreamPosition:
     filled_from, fill, given = saved
     return StreamPosition(Position(*filled_from), fill, given)
-
-
-def _check_new(path: Path) -> None:
-    if path.exists() and any(entry.name != checkpoint.LOCK for entry in path.iterdir()):
-        raise InvalidInput(
-            f"run {path} exists: resume it (--resume), choose another name, or remove the folder"
-        )
 
 
 def _finished(path: Path, recipe: Recipe) -> Run | Sweep | None:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saekit.files import read_json
 from saekit.sites import RESIDUAL
 
 if TYPE_CHECKING:
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
 
 IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 # What transformers calls the architectures whose MLP is known to have two matrices, or three.
-PLAIN = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt")
+PLAIN = ("gpt2", "gpt_neox", "gptj")
 GATED = ("llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi3", "olmo2")
+KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+GPT2_KEYS = ("n_embd", "n_layer", "n_head", "vocab_size")
 LIKE_RESIDUAL = ("ln1.hook_out", "ln2.hook_out", "mlp.hook_in", "mlp.hook_out")  # of width d_model, too
 
 
@@ -96,7 +100,7 @@ def shape_of(model: TransformerBridge) -> Shape:
         blocks=cfg.n_layers,
         heads=cfg.n_heads * cfg.d_head,
         kv_heads=(cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head,
-        mlp=cfg.d_mlp,
+        mlp=cfg.d_mlp or 4 * cfg.d_model,
         vocabulary=cfg.d_vocab,
         gated=bool(cfg.gated_mlp),
         source="its config",
@@ -104,24 +108,29 @@ def shape_of(model: TransformerBridge) -> Shape:
 
 
 def _cached(name: str) -> Shape | None:
-    """From config.json in the hub's cache, without a network and without running a repository's code."""
-    from transformers import AutoConfig
+    """From config.json in the hub's cache, read as a file: no library that might ask a network is in between."""
+    from huggingface_hub import try_to_load_from_cache
 
     try:
-        config: Any = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError):  # not cached, or an architecture of its own
+        path = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name the hub could have
         return None
-    if config.model_type not in PLAIN + GATED:
+    if not isinstance(path, str):
         return None
-    width, heads = config.hidden_size, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or width // heads
+    config = read_json(Path(path))
+    keys = GPT2_KEYS if config.get("model_type") in ("gpt2", "gptj") else KEYS
+    sizes: list[Any] = [config.get(key) for key in keys]
+    if config.get("model_type") not in PLAIN + GATED or None in sizes:
+        return None
+    width, blocks, heads, vocabulary = sizes
+    head = config.get("head_dim") or width // heads
     return Shape(
         width=width,
-        blocks=config.num_hidden_layers,
+        blocks=blocks,
         heads=heads * head,
-        kv_heads=(getattr(config, "num_key_value_heads", None) or heads) * head,
-        mlp=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width,
-        vocabulary=config.vocab_size,
-        gated=config.model_type in GATED,
+        kv_heads=(config.get("num_key_value_heads") or heads) * head,
+        mlp=config.get("intermediate_size") or config.get("n_inner") or 4 * width,
+        vocabulary=vocabulary,
+        gated=config["model_type"] in GATED,
         source="its config in the hub's cache",
     )

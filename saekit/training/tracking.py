@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict
 
 from saekit.errors import InvalidInput
-from saekit.files import fsync
+from saekit.files import fsync, replace_text
 
 ROWS = "metrics.jsonl"
 SAMPLES = "details/n_training_samples"  # the x-axis: resumed runs line up, whatever their step count
@@ -149,10 +149,7 @@ def _drop_rows_beyond(path: Path, step: int) -> int:
             continue
         if row.get("step", 0) <= step:
             kept.append(line)
-    replacement = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    replacement.write_text("".join(f"{line}\n" for line in kept), "utf-8")
-    fsync(replacement)
-    replacement.replace(path)
+    replace_text(path, "".join(f"{line}\n" for line in kept))
     return len(kept)
 
 

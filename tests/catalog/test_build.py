@@ -194,6 +194,12 @@ def test_wrong_builds(model, sae, tmp_path) -> None:
         Catalog.build(model, sae, tokens, tmp_path / "mine")
     with pytest.raises(InvalidInput, match="has width 8"):
         Catalog.build(model, SAE.new("standard", d_in=8, d_sae=8, site=SITE), tokens, tmp_path / "x")
+    for odd in (
+        {"d_out": 256, "site": SITE, "target_site": "blocks.3.hook_mlp_out"},
+        {"site": [SITE, "blocks.1.hook_resid_pre"]},
+    ):
+        with pytest.raises(InvalidInput, match="not for transcoders and crosscoders"):
+            Catalog.build(model, SAE.new("standard", d_in=256, d_sae=8, **odd), tokens, tmp_path / "x")
     with pytest.raises(InvalidInput, match="no token to look at"):
         Catalog.build(model, sae, torch.zeros(2, 8, dtype=torch.long), tmp_path / "x")
     assert not (tmp_path / "x").exists()

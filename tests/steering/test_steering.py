@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, SITE
 
 import saekit
 from saekit.errors import InvalidInput, UnknownName
@@ -434,3 +434,28 @@ def test_edits_read_well(feature) -> None:
     assert str(feature("clamp", 10.0, "max")).startswith("clamp 10 × max feature")
     assert str(feature("ablate")).startswith("ablate feature")
     assert "tensor" not in repr(feature("add", 8.0))
+
+
+def test_transcoders_and_crosscoders_steer_where_they_write(model) -> None:
+    transcoder = SAE.new(
+        "topk", d_in=256, d_out=256, d_sae=8, k=2, site=SITE, target_site="blocks.3.hook_mlp_out"
+    )
+    direction = Direction.from_sae(transcoder, 3)
+    assert direction.site == "blocks.3.hook_mlp_out"
+    assert torch.equal(direction.vector, transcoder.W_dec[3])
+    direction.add(1.0)
+    with pytest.raises(
+        InvalidInput, match=r"clamp: this feature is read at blocks\.3.* and written at .*; use add"
+    ):
+        direction.clamp(1.0)
+    crosscoder = SAE.new("standard", d_in=512, d_sae=8, site=[SITE, "blocks.5.hook_resid_pre"])
+    with pytest.raises(InvalidInput, match="name one, site="):
+        Direction.from_sae(crosscoder, 3)
+    with pytest.raises(UnknownName, match="this SAE writes"):
+        Direction.from_sae(crosscoder, 3, "blocks.1.hook_resid_pre")
+    late = Direction.from_sae(crosscoder, 3, "blocks.5.hook_resid_pre")
+    assert torch.equal(late.vector, crosscoder.W_dec[3, 256:])
+    with steer(model, late.add(1.0)):
+        model("a", return_type=None)
+    with pytest.raises(InvalidInput, match="use add"):
+        late.ablate()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from saekit.recipe import parse_recipe
 from saekit.sae import SAE
 from saekit.training import checkpoint
 from saekit.training.run import train
-from saekit.training.tracking import read_rows
+from saekit.training.tracking import Tracker, read_rows
 
 
 @pytest.fixture
@@ -279,3 +280,23 @@ def test_train_by_path_with_overrides_on_a_llama_model(tmp_path) -> None:
     assert run.sae.d_sae == 64
     assert run.sae.d_in == 64
     assert 0 <= run.metrics["dead"] <= 1
+
+
+def test_a_full_disk_under_the_rows_is_one_clear_error(recipe, model, tmp_path, monkeypatch) -> None:
+    log = Tracker.log
+
+    def full(self, row):
+        if row["step"] > 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        log(self, row)
+
+    monkeypatch.setattr(Tracker, "log", full)
+    with pytest.raises(
+        InvalidInput, match=r"could not be written \(.*No space left.*its checkpoints are whole"
+    ):
+        train(recipe(), model=model, runs=tmp_path / "cut")
+    monkeypatch.undo()
+    whole = train(recipe(), model=model, runs=tmp_path / "whole")
+    resumed = train(recipe(), model=model, runs=tmp_path / "cut", resume=True)
+    assert same_weights(whole.path, resumed.path)
+    assert (whole.path / "metrics.jsonl").read_bytes() == (resumed.path / "metrics.jsonl").read_bytes()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from huggingface_hub import constants
 
 from saekit.sites import site_width
 from saekit.training.shapes import KNOWN, known_shape, shape_of
 
-SITES = "hook_resid_pre hook_resid_mid hook_resid_post hook_mlp_out hook_attn_out ln1.hook_out ln2.hook_out mlp.hook_in \
+SITES = (
+    "hook_resid_pre hook_resid_mid hook_resid_post hook_mlp_out hook_attn_out ln1.hook_out ln2.hook_out mlp.hook_in \
 mlp.hook_out mlp.hook_pre mlp.hook_post attn.hook_z".split()
+)
 
 
 @pytest.fixture(params=["model", "llama"])
@@ -61,28 +66,39 @@ def test_the_table_agrees_with_transformer_lens(name) -> None:
     assert theirs["n_key_value_heads"] * theirs["d_head"] == ours.kv_heads
 
 
-def test_a_cached_config_comes_first(monkeypatch) -> None:
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Puts a config into a hub's cache of its own."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def put(name: str, config) -> None:
+        folder = tmp_path / f"models--{name.replace('/', '--')}"
+        for part, text in {"snapshots/1/config.json": config.to_json_string(False), "refs/main": "1"}.items():
+            (folder / part).parent.mkdir(parents=True, exist_ok=True)
+            (folder / part).write_text(text)
+
+    return put
+
+
+def test_a_cached_config_comes_first(cache) -> None:
     """The defaults of GPT2Config are GPT-2 small's."""
-    from transformers import AutoConfig, GPT2Config, LlamaConfig, MixtralConfig
+    from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
-    answers = {
-        "a": GPT2Config(),
-        "b": LlamaConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=2, intermediate_size=96),
-        "c": MixtralConfig(),
-    }
-
-    def cached(name: str, **arguments: object) -> object:
-        assert arguments == {"local_files_only": True, "trust_remote_code": False}
-        return answers[name]
-
-    monkeypatch.setattr(AutoConfig, "from_pretrained", cached)
-    gpt2, llama = known_shape("a"), known_shape("b")
-    assert gpt2 and llama
-    same = [f for f in vars(gpt2) if f != "source" and getattr(gpt2, f) == getattr(KNOWN["gpt2"], f)]
-    assert len(same) == len(vars(gpt2)) - 1
+    assert known_shape("some/gpt2") is None
+    cache("some/gpt2", GPT2Config())
+    gpt2 = known_shape("some/gpt2")
+    assert gpt2
+    assert replace(gpt2, source=KNOWN["gpt2"].source) == KNOWN["gpt2"]
     assert "cache" in gpt2.source
+    cache("gpt2", GPT2Config(n_layer=3, n_inner=99))
+    assert (known_shape("gpt2").blocks, known_shape("gpt2").mlp) == (3, 99)
+    small = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 96}
+    cache("llama", LlamaConfig(**small))
+    llama = known_shape("llama")
     assert (llama.width, llama.heads, llama.kv_heads, llama.mlp, llama.gated) == (64, 64, 16, 96, True)
-    assert known_shape("c") is None, "of a mixture of experts the shape does not say enough"
+    cache("moe", MixtralConfig())
+    assert known_shape("moe") is None, "of a mixture of experts the shape does not say enough"
+    assert known_shape("no/such/name") is None
 
 
 def test_forward_flops_are_those_that_torch_counts(any_model) -> None:
@@ -94,4 +110,6 @@ def test_forward_flops_are_those_that_torch_counts(any_model) -> None:
     with FlopCounterMode(display=False) as counter:
         capture(any_model, ["blocks.3.hook_resid_post"], ids)
     counted = counter.get_total_flops() / ids.numel()
-    assert shape_of(any_model).forward_flops(["blocks.3.hook_resid_post"], 64) == pytest.approx(counted, rel=0.03)
+    assert shape_of(any_model).forward_flops(["blocks.3.hook_resid_post"], 64) == pytest.approx(
+        counted, rel=0.03
+    )
