@@ -288,5 +288,9 @@ def _part(key: str, value: Any) -> str:
     """`k16`, `lr0.0001`, `skip`, `blocks.3.hook_resid_pre`."""
     if value is True:
         return key
-    text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = "-".join(map(_short, value)) if isinstance(value, list) else _short(value)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text if "site" in key else f"{key}{text}")
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
