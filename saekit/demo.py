@@ -120,9 +120,13 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     result_rows = [_measure(model, chosen, control, s, ids) for s in (0.0, *STRENGTHS)]
     say(table(["strength", "P(Star Wars)", "texts with", "perplexity", "random P", "random texts", "random ppl"],
               [_row(r) for r in result_rows]))  # fmt: skip
-    best = next((r for r in result_rows if r["share"] >= ENOUGH), result_rows[-1])
+    best = next((r for r in result_rows if r["share"] >= ENOUGH), None)
+    told = "the gentlest strength that turns at least half of the texts"
+    if best is None:
+        best = max(result_rows, key=lambda r: r["share"])
+        told = "no strength turns half of the texts; the one that turns most"
     strength = best["strength"]
-    say(f"   the gentlest strength that turns at least half of the texts: {strength:g}")
+    say(f"   {told}: {strength:g}")
     examples = best["texts"][:5]
     say(Text(f"   plain    {plain(result_rows[0]['texts'][0])!r}"))
     for text in examples:

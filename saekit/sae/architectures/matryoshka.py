@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 class Matryoshka(BatchTopK):
     name = "matryoshka"
+    decoder = "free"  # unlike the paper's; LOG.md, November 2026
 
     def reconstructions(self, sae: SAE, f: Tensor, pairs: Pairs) -> list[Tensor]:
         assert sae.prefixes is not None
