@@ -13,12 +13,20 @@ architectures' have, so that clipping it at one norm means the same. The decoder
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from saekit.sae.architectures.base import ALL, Architecture, Objective, Terms, auxk, variance
+from saekit.sae.architectures.base import (
+    ALL,
+    Architecture,
+    Constraint,
+    Objective,
+    Terms,
+    auxk,
+    variance,
+)
 from saekit.sae.kernels import Pairs, decode_at, preacts_at
 
 if TYPE_CHECKING:
@@ -29,7 +37,7 @@ class TopK(Architecture):
     name = "topk"
     row_norm = 1.0
     takes_k = True
-    decoder = "unit"
+    decoder: ClassVar[Constraint] = "unit"
     dead_latents = "auxk"
 
     def activate(self, sae: SAE, p: Tensor, at: slice | Sequence[int] = ALL) -> Tensor:
