@@ -48,6 +48,11 @@ class Frame:
     input: Affine
     output: Affine
 
+    def inward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch and its target in this frame; mapped once where they are one tensor."""
+        mapped = self.input(x)
+        return mapped, mapped if y is x else self.output(y)
+
     @torch.no_grad()
     def fold(self, inner: SAE, sae: SAE) -> None:
         """Make `sae` on raw activations do what `inner` does on those of this frame."""

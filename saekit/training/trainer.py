@@ -82,11 +82,12 @@ class Trainer:
             config.normalize == "expected_norm" and sae.is_crosscoder
         )
         self._inner = self._copy_of(sae) if self._framed else sae
-        self._log_threshold = nn.Parameter(torch.zeros(sae.d_sae, device=sae.W_dec.device))
         self._trained = dict(self._inner.named_parameters())
+        self._log_threshold: nn.Parameter | None = None
         if "threshold" in self._trained:  # moves in log θ, which keeps it positive (Rajamanoharan 2024)
-            self._trained["threshold"] = self._log_threshold
-            self._follow_threshold()
+            self._trained["threshold"] = self._log_threshold = nn.Parameter(
+                self._inner.threshold.detach().log()
+            )
         self._unit_rows = (config.decoder or kind.decoder) == "unit"
         self._dead_latents = config.dead_latents or kind.dead_latents
         self._control: Controller | None = None
@@ -109,14 +110,13 @@ class Trainer:
         if self.steps_taken == 0:
             self._start_from(x, y)
         if self.frame is not None:
-            x, y = self.frame.input(x), self.frame.output(y)
+            x, y = self.frame.inward(x, y)
         inner = self._inner
 
         objective = inner.kind.objective(inner, x, y, self._terms())
-        self._optimizer.zero_grad()
         inner.zero_grad()
         objective.loss.backward()
-        if inner.kind.penalty == "l0":
+        if self._log_threshold is not None:
             self._log_threshold.grad = inner.threshold.grad * inner.threshold.detach()  # type: ignore[operator]
         if self._unit_rows:
             remove_parallel(inner.W_dec, inner.W_dec.grad)
@@ -217,7 +217,7 @@ class Trainer:
         inner = self._inner
         if self._unit_rows:
             inner.W_dec.mul_(1 / (self.scale * inner.W_dec.norm(dim=1, keepdim=True)))
-        if inner.kind.penalty == "l0":
+        if self._log_threshold is not None:
             inner.threshold.copy_(self._log_threshold.exp())
         if inner.kind.running_threshold and objective.smallest is not None:
             share = 1 / min(self.steps_taken, THRESHOLD_MEMORY)
@@ -230,7 +230,8 @@ class Trainer:
     def _resample(self, x: Tensor, y: Tensor, error: Tensor) -> None:
         """New rows for dead latents, and no memory of the old ones in Adam."""
         latents = resample(self._inner, self.dead, x, y, error, seed=self.steps_taken)
-        self._follow_threshold()
+        if self._log_threshold is not None:
+            self._log_threshold.copy_(self._inner.threshold.log())
         self.tokens_since_fired[latents] = 0
         for name, parameter in self._trained.items():
             for key in ("exp_avg", "exp_avg_sq"):
@@ -291,7 +292,7 @@ class Trainer:
         inner = self._inner
         if self._framed:
             self.frame = self._make_frame(x, y)
-            x, y = self.frame.input(x), self.frame.output(y)
+            x, y = self.frame.inward(x, y)
         elif self.config.normalize == "expected_norm":
             self.scale_in, self.scale = scale(x), scale(y)
         inner.W_enc.mul_(self.scale_in)
@@ -318,12 +319,6 @@ class Trainer:
         inner.load_state_dict(sae.state_dict())
         return inner
 
-    @torch.no_grad()
-    def _follow_threshold(self) -> None:
-        """log θ of a θ that was set from outside."""
-        if self.sae.kind.penalty == "l0":
-            self._log_threshold.copy_(self._inner.threshold.log())
-
     # Exact state, for checkpoints
 
     def tensors(self) -> dict[str, Tensor]:
@@ -333,7 +328,8 @@ class Trainer:
             for name, tensor in self._optimizer.state[group["params"][0]].items():
                 state[f"adam.{group['name']}.{name}"] = tensor
         state["tokens_since_fired"] = self.tokens_since_fired
-        state["log_threshold"] = self._log_threshold
+        if self._log_threshold is not None:
+            state["log_threshold"] = self._log_threshold
         if self.frame is not None:
             state |= {f"frame.{name}": tensor for name, tensor in self.frame.tensors().items()}
         if self._control is not None:
@@ -366,7 +362,8 @@ class Trainer:
                 if name.startswith(prefix)
             }
         self.tokens_since_fired = tensors["tokens_since_fired"].to(device)
-        self._log_threshold.copy_(tensors["log_threshold"])
+        if self._log_threshold is not None:
+            self._log_threshold.copy_(tensors["log_threshold"])
         self.steps_taken, self.tokens_seen = counters["steps_taken"], counters["tokens_seen"]
         self.scale, self.scale_in = counters["scale"], counters["scale_in"]
         if self._control is not None:

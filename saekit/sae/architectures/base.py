@@ -113,10 +113,7 @@ def auxk(sae: SAE, x: Tensor, p: Tensor, error: Tensor, dead: Tensor, aux_k: int
     AuxK, Gao 2024, section A.2. x [B, D], p [B, S] and error [B, E] without a graph; dead [S] bool, not all false.
     """
     dead_latents = dead.nonzero().squeeze(1)
-    candidates = p[:, dead_latents]
-    if sae.config.rescale_acts_by_decoder_norm:
-        candidates = candidates * sae.W_dec[dead_latents].norm(dim=1)
-    chosen = candidates.topk(min(aux_k, len(dead_latents)), dim=1, sorted=False).indices
+    chosen = p[:, dead_latents].topk(min(aux_k, len(dead_latents)), dim=1, sorted=False).indices
     pairs = Pairs.of_rows(dead_latents[chosen], sae.d_sae)
     f = preacts_at(p, x, sae.W_enc, sae.encoder_bias, sae.shift, pairs).relu()
     return error - decode_at(f, sae.W_dec, pairs)

@@ -62,8 +62,7 @@ class TopK(Architecture):
     def objective(self, sae: SAE, x: Tensor, y: Tensor, terms: Terms) -> Objective:
         with torch.no_grad():
             p = sae.fused_preactivations(x)
-            norms = sae.W_dec.norm(dim=1) if sae.config.rescale_acts_by_decoder_norm else None
-        pairs = self.choose(p if norms is None else p * norms, terms.k)
+        pairs = self.choose(p, terms.k)
         f = preacts_at(p, x, sae.W_enc, sae.encoder_bias, sae.shift, pairs).relu()
         rest = y - sae.affine(x)
         errors = [rest - part for part in self.reconstructions(sae, f, pairs)]
@@ -74,8 +73,7 @@ class TopK(Architecture):
             left = auxk(sae, x, p, error.detach(), terms.dead, terms.aux_k).square().sum()
             aux = left / error.detach().square().sum().clamp_min(torch.finfo(x.dtype).tiny)
             loss = loss + terms.aux * aux
-        kept = f.detach() if norms is None else f.detach() * norms[pairs.latents]
-        fires = kept > 0
+        fires = f.detach() > 0
         fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device)
         return Objective(
             loss=loss * (terms.scale**2 * spread),
@@ -86,5 +84,5 @@ class TopK(Architecture):
             l0=fires.sum() / len(x),
             fired=fired.index_put_((pairs.latents[fires],), torch.ones_like(fired[:1])),
             error=error.detach(),
-            smallest=torch.where(fires, kept, torch.inf).min(),
+            smallest=torch.where(fires, f.detach(), torch.inf).min(),
         )
