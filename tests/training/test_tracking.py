@@ -145,6 +145,9 @@ def test_a_resumed_sweep_goes_on_with_its_wandb_runs(recipe, model, tmp_path) ->
         early, late = rows_by_step(first), rows_by_step(second)
         assert early | late == late | early == dict(enumerate(read_rows(run.path)))
         assert early.keys() & late.keys()
+        pictures = [path.name for path in run.path.glob("wandb/*/files/media/images/*.png")]
+        for picture in ("pareto", "feature_density"):
+            assert any(name.startswith(picture) for name in pictures)
     assert len(ids) == 2
     no_secret_in(sweep.path)
 
