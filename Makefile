@@ -5,6 +5,8 @@ BIN := .venv/bin
 READY := .venv/ready
 # Threads that wait without spinning: on a busy machine a spinning barrier costs ten times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Processes that share the tests: a gigabyte each, so not one for each core. For -x or --pdb: .venv/bin/python -m pytest.
+WORKERS ?= 2
 
 .PHONY: demo test check format wheel tiny clean
 
@@ -12,12 +14,12 @@ demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/saekit demo
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/python -m mypy
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -36,7 +38,7 @@ tiny: $(READY)
 	$(BIN)/saekit catalog build checkpoints/tiny/sae --text tiny --tokens 800_000 --contexts 10 --out checkpoints/tiny/catalog
 
 clean:
-	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-peers dist .pytest_cache .mypy_cache .ruff_cache
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "saekit needs Python 3.11 or newer; set PYTHON=…")'

@@ -49,3 +49,16 @@ def matmul_rate(dtype: torch.dtype, rounds: int = 10) -> float:
         a @ b
         taken.append(time.perf_counter() - start)
     return 2 * 2048 * 512 * 2048 / statistics.median(taken) / 1e9
+
+
+def copy_rate(rounds: int = 10) -> float:
+    """GB/s written by a copy of 256 MB on this machine now (median); as many are read."""
+    source = torch.ones(64 * 2**20)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    taken = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        target.copy_(source)
+        taken.append(time.perf_counter() - start)
+    return source.numel() * source.element_size() / statistics.median(taken) / 1e9

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -45,7 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(options: argparse.Namespace, error: BaseException, text: str | None = None) -> int:
     if options.debug:
         raise error
-    print(f"saekit: {text or error}", file=sys.stderr)
+    rank = os.environ.get("RANK") or "0"  # of torchrun
+    if not getattr(error, "told", False):
+        print(
+            f"saekit: {text or error}" if rank == "0" else f"saekit, process {rank}: {text or error}",
+            file=sys.stderr,
+        )
     return 1
 
 
@@ -208,14 +214,19 @@ def _train(options: argparse.Namespace) -> None:
     with RunReporter() as reporter:
         if isinstance(recipe, LanguageModelRecipe):
             from saekit.training.language_model import train_language_model
+            from saekit.training.parallel import refuse_several
 
+            refuse_several("a language model is trained")
             run = Path("checkpoints") / recipe.name
             final = train_language_model(recipe, run, resume=options.resume, report=reporter.line)
             _print_json({"path": str(final)}) if options.json else print(final)
             return
+        from saekit.training.parallel import first_process
         from saekit.training.run import Run, train
 
         result = train(recipe, resume=options.resume, reporter=reporter)
+    if not first_process():
+        return
     if isinstance(result, Run):
         if options.json:
             _print_json({"path": str(result.path), "metrics": result.metrics})

@@ -34,6 +34,16 @@ class DataSection(Section):
     shuffle: bool = True  # documents in a seeded random order
     held_out: Share = 0.02  # share of documents that is evaluated on and never trained on
     held_out_text: str | tuple[str, ...] | None = None  # or a text of its own
+    cache: str | None = (
+        None  # a folder that keeps activations, in bfloat16, so that other runs need no forward
+    )
+
+
+class ParallelSection(Section):
+    """How torchrun's processes share a run: data × latents of them. It may change when a run is resumed."""
+
+    data: Count | None = None  # share the tokens of each batch; None: as many as there are, over `latents`
+    latents: Count = 1  # share the latents of each SAE
 
 
 class Recipe(Section):
@@ -41,18 +51,25 @@ class Recipe(Section):
 
     name: Name
     model: str
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the language model; None: measured
+    dtype: Literal["float32", "bfloat16", "float16"] | None = (
+        None  # of the language model; None: bf16 where native
+    )
     device: str | None = None
     data: DataSection
     site: Site | None = None  # read by every SAE that names none of its own; a list is a crosscoder's
     sae: Sections
     training: TrainingConfig = TrainingConfig()
+    parallel: ParallelSection = ParallelSection()
     wandb: WandbConfig = WandbConfig()
     seed: Seed = 0
 
     @model_validator(mode="after")
     def _members_make_sense(self) -> Recipe:
-        _ = self.members
+        n = self.parallel.latents
+        if uneven := [str(m.section.d_sae) for m in self.members if m.section.d_sae % n]:
+            raise InvalidInput(
+                f"parallel.latents: {n} processes cannot share d_sae = {', '.join(uneven)} evenly"
+            )
         return self
 
     @property
@@ -124,7 +141,7 @@ class LanguageModelRecipe(Section):
     name: Name
     language_model: LanguageModelSection
     dtype: Literal["float32", "bfloat16"] | None = (
-        None  # of matrix products; None: measured. Weights: float32
+        None  # of matrix products; None: bf16 where native. Weights: float32
     )
     device: str | None = None
     data: LanguageModelData

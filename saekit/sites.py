@@ -42,7 +42,9 @@ def check_site(model: TransformerBridge, site: str) -> str:
     """The site's name, or `UnknownName` that lists near names. (The bridge ignores unknown hooks silently.)"""
     if not isinstance(site, str):
         raise InvalidInput(f"site: expected a name such as 'blocks.2.hook_resid_pre', got {site!r}")
-    if site not in model.hook_dict:
+    if (
+        model.get_hook_point(site) is None
+    ):  # quick, where `hook_dict` lists all hook points anew at each access
         hint = near(site, model.hook_dict) or "Names look like 'blocks.2.hook_resid_pre'"
         raise UnknownName(
             f"site {site!r} is not in {model.cfg.model_name} ({model.cfg.n_layers} blocks, "
@@ -102,12 +104,22 @@ def editing(model: TransformerBridge, edits: Mapping[str, Edit]) -> Iterator[Non
 
 @contextlib.contextmanager
 def _hooked(model: TransformerBridge, hooks: list[tuple[str, Any]]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(model.hooks(fwd_hooks=hooks))
-        except ValueError as error:  # a hook point that a flag of TransformerLens keeps switched off
-            raise UnknownName(f"site {[site for site, _ in hooks]}: {error}") from error
+    """Hooks on and off, by their handles: `model.hooks` lists all hook points several times for each."""
+    added: list[tuple[Any, Any]] = []
+    try:
+        for site, function in hooks:
+            point: Any = model.get_hook_point(site)
+            try:
+                model.check_hooks_to_add(point.name or site)
+            except ValueError as error:  # a hook point that a flag of TransformerLens keeps switched off
+                raise UnknownName(f"site {site!r}: {error}") from error
+            point.add_hook(function)
+            added.append((point, point.fwd_hooks[-1]))
         yield
+    finally:
+        for point, ours in added:
+            ours.hook.remove()
+            point.fwd_hooks = [handle for handle in point.fwd_hooks if handle is not ours]
 
 
 def _flat(tensor: Tensor) -> Tensor:

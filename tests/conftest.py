@@ -1,6 +1,7 @@
 """Fixtures: the embedded model, small real models from ../shared where there are any, and synthetic text.
 
-Nothing here reaches a network; tests that need ../shared skip, saying why, where it is missing.
+Nothing here reaches a network; tests that need ../shared skip, saying why, where it is missing. A test's surroundings
+are the same everywhere: no proxy, empty caches of the hub and of W&B, hypothesis with the same examples and no clock.
 """
 
 from __future__ import annotations
@@ -8,13 +9,18 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve their neighbours
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"  # servers of the tests are on 127.0.0.1
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +28,12 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from saekit.sae import SAE
+
+# The same examples everywhere, however slow the machine; what was found once is worth an example of its own.
+settings.register_profile(
+    "everywhere", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("everywhere")
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 SITE = "blocks.3.hook_resid_pre"
@@ -40,6 +52,14 @@ NOUNS = [
     "window",
 ]
 VERBS = ["sees", "takes", "finds", "keeps", "follows", "leaves", "paints", "carries"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Caches for the hub and for W&B, before either is imported: a home folder may be missing, or full of answers."""
+    caches = tempfile.TemporaryDirectory(prefix="saekit-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(caches.cleanup)
+    for name in ("HF_HOME", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        os.environ[name] = caches.name
 
 
 def sentences(n: int, seed: int = 0) -> list[str]:

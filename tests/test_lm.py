@@ -11,6 +11,7 @@ from saekit.errors import FileMissing, InvalidInput
 from saekit.lm import (
     fast_dtype,
     load_model,
+    locate,
     model_hash,
     separator_id,
     special_ids,
@@ -75,3 +76,16 @@ def test_token_strings_keep_spaces(model, llama) -> None:
     assert set(token_strings(model.tokenizer, ids)) == {" Jedi"}
     ids = llama.tokenizer("a cat sat", add_special_tokens=False)["input_ids"]
     assert "".join(token_strings(llama.tokenizer, ids)) == " a cat sat"
+
+
+def test_the_fused_activation_is_the_published_one(model) -> None:
+    """GPT-2's GELU takes one pass here; the model gives what Hugging Face's own gives."""
+    from transformers import AutoModelForCausalLM
+    from transformers.activations import NewGELUActivation
+
+    plain = AutoModelForCausalLM.from_pretrained(locate("tiny"), dtype=torch.float32).eval()
+    assert any(isinstance(module, NewGELUActivation) for module in plain.modules())
+    assert not any(isinstance(module, NewGELUActivation) for module in model.original_model.modules())
+    ids = torch.arange(10, 60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), plain(ids).logits, rtol=1e-4, atol=1e-4)

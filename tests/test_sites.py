@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from saekit.errors import UnknownName
 from saekit.sites import capture, check_site, editing, read, site_width
@@ -33,6 +34,48 @@ def test_capture_stops_at_the_site(model) -> None:
         assert seen == []
         capture(model, ["blocks.4.hook_resid_pre"], torch.tensor([[1, 2]]))
         assert seen == [3]
+
+
+class Counted(TorchDispatchMode):
+    """Counts every operation that torch runs."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_nothing_past_the_site_is_computed(model, site: str) -> None:
+    """No operation runs after the one whose result the site is, be it of the same block."""
+    reached = []
+    operations = Counted()
+    seeing = model.hooks(fwd_hooks=[(site, lambda x, hook: reached.append(operations.count))])
+    with operations, seeing:
+        seen = capture(model, ["blocks.1.hook_resid_pre", site], torch.tensor([[1, 2]]))
+    assert len(seen) == 2
+    assert reached == [operations.count]
+
+
+@pytest.mark.usefixtures("no_leaked_hooks")
+def test_reading_and_editing_do_not_list_all_hook_points(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TransformerLens builds `hook_dict` anew at each access, which costs as much as a block."""
+    site, ids = "blocks.2.hook_resid_pre", torch.tensor([[5, 6, 7]])
+    monkeypatch.setattr(
+        type(model), "hook_dict", property(lambda self: pytest.fail("listed all hook points"))
+    )
+    capture(model, [site], ids)
+    with editing(model, {site: lambda x: x * 0}):
+        model(ids)
+
+
+def test_a_reset_inside_editing_is_no_fault(model) -> None:
+    site, ids = "blocks.2.hook_resid_pre", torch.tensor([[5, 6, 7]])
+    plain = model(ids)
+    with editing(model, {site: lambda x: x * 0}):
+        model.reset_hooks()
+        assert torch.equal(model(ids), plain)
 
 
 def test_read_puts_sites_side_by_side_in_the_order_named(model) -> None:

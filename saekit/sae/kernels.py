@@ -1,137 +1,153 @@
-"""The two sparse kernels of training: pre-activations at chosen latents, and the decoder over chosen latents.
+"""The sparse work of a training step: choosing pairs of token and latent, and the sums over the chosen ones.
 
-Dense encoding is one matmul; after the choice of latents only n of the B·S pairs matter, so the gradients of both
-weight matrices are sums over those pairs. The pairs are sorted by latent once and shared. Tokens may have different
-numbers of latents, as BatchTopK gives them. `*_plain` are the twins that plain autograd differentiates; tests compare
-values and every gradient.
+Every function says what it computes in plain torch, and is that wherever nothing better is at hand; on a CPU with a
+compiler it is `native.cpp`, on a GPU with Triton `triton_kernels.py`, equal to rounding. Nothing here knows of autograd
+(`sae.pairs`) or of SAEs.
 
-B tokens, D = d_in, E = d_out, S = d_sae, n pairs. W_enc [D, S] and W_dec [S, E] both lie in memory as rows per latent,
-which is what makes the segment sums contiguous.
+B tokens, S = d_sae, W a row's width, n pairs. Segments: segment j holds the entries starts[j] … starts[j + 1] − 1.
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.utils._triton import has_triton
 
-SUM = 0  # embedding_bag's mode
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The chosen (token, latent) pairs, sorted by token."""
-
-    tokens: Tensor  # [n] int64, ascending
-    latents: Tensor  # [n] int64
-    n_tokens: int  # B
-    d_sae: int  # S
-
-    @classmethod
-    def of_rows(cls, latents: Tensor, d_sae: int) -> Pairs:
-        """The same number of latents for each token: latents [B, K]."""
-        B, K = latents.shape
-        tokens = torch.arange(B, device=latents.device).repeat_interleave(K)
-        return cls(tokens, latents.flatten(), B, d_sae)
-
-    def where(self, kept: Tensor) -> Pairs:
-        """The pairs at which kept [n] is true."""
-        return Pairs(self.tokens[kept], self.latents[kept], self.n_tokens, self.d_sae)
-
-    @functools.cached_property
-    def starts(self) -> Tensor:
-        """[B]: where each token's pairs start."""
-        return torch.searchsorted(self.tokens, torch.arange(self.n_tokens, device=self.tokens.device))
-
-    @functools.cached_property
-    def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(order [n] of the pairs sorted by latent, their tokens [n], where each latent starts [S])."""
-        in_order, order = torch.sort(self.latents, stable=True)
-        starts = torch.searchsorted(in_order, torch.arange(self.d_sae, device=order.device))
-        return order, self.tokens[order], starts
-
-    def sum_rows(self, weights: Tensor, table: Tensor) -> Tensor:
-        """Σ over the pairs of each latent of weight · table[token]: weights [n], table [B, D] → [S, D]."""
-        order, tokens, starts = self._by_latent
-        return F.embedding_bag(tokens, table, starts, mode="sum", per_sample_weights=weights[order])
-
-    def sum_weights(self, weights: Tensor) -> Tensor:
-        """Σ over the pairs of each latent of its weight: [n] → [S]."""
-        order, _, starts = self._by_latent
-        return F.embedding_bag(order, weights.reshape(-1, 1), starts, mode="sum").squeeze(1)
+from saekit.sae import native
 
 
-class _PreactsAt(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, x: Tensor, W_enc: Tensor, bias: Tensor, shift: Tensor | None, pairs: Pairs
-    ) -> Tensor:
-        ctx.save_for_backward(x, W_enc, shift)
-        ctx.pairs = pairs
-        return values.clone()
+def top_k(p: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of p + bias in each row, by ascending latent: values [B, k] and latents [B, k].
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_n: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, shift = ctx.saved_tensors
-        pairs: Pairs = ctx.pairs
-        g_W = pairs.sum_rows(g_n, x if shift is None else x - shift).t()  # Σ g · (x − shift)
-        g_bias = pairs.sum_weights(g_n)
-        g_x = None
-        if ctx.needs_input_grad[1]:
-            g_x = F.embedding_bag(pairs.latents, W_enc.t(), pairs.starts, mode="sum", per_sample_weights=g_n)
-        return None, g_x, g_W, g_bias, None if shift is None else -(W_enc @ g_bias), None
-
-
-def preacts_at(
-    p: Tensor, x: Tensor, W_enc: Tensor, bias: Tensor, shift: Tensor | None, pairs: Pairs
-) -> Tensor:
-    """Pre-activations (x − shift) W_enc + bias at the chosen pairs, [n], differentiable in all but p.
-
-    p: all pre-activations [B, S], computed without a graph. x: [B, D]. shift: [D], or None for none.
+    p: [B, S], bfloat16 or what bias [S] is. On the CPU, of equals the lower latents.
     """
-    return _PreactsAt.apply(p[pairs.tokens, pairs.latents], x, W_enc, bias, shift, pairs)
+    if _takes(p, bias):
+        B, S = p.shape
+        values, latents = bias.new_empty(B, k), torch.empty(B, k, dtype=torch.int64)
+        native.call(_typed("top_k", p), p, S, bias, B, S, k, values, latents)
+        return values, latents
+    triton = _triton(bias) if p.is_contiguous() else None
+    if triton and triton.group_size(p.shape[1], k) is not None:
+        return triton.top_k(p, bias, k)
+    q = p + bias  # float32, should p be bfloat16
+    latents = q.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    return q.gather(1, latents), latents
 
 
-def preacts_at_plain(
-    p: Tensor, x: Tensor, W_enc: Tensor, bias: Tensor, shift: Tensor | None, pairs: Pairs
-) -> Tensor:
-    """The twin of `preacts_at`: the dense matmul, then a gather."""
-    dense = (x if shift is None else x - shift) @ W_enc + bias
-    return dense[pairs.tokens, pairs.latents]
+def above(p: Tensor, bias: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries of p + bias that exceed their latent's bound: values [n], latents [n], and each row's first, [B + 1].
+
+    p: [B, S], bfloat16 or what bias is. bias, bounds: [S].
+    """
+    B, S = p.shape
+    starts = torch.zeros(B + 1, dtype=torch.int64, device=p.device)
+    if _takes(p, bias, bounds):
+        name, counts = _typed("above", p), torch.empty(B, dtype=torch.int64)
+        native.call(name, p, S, bias, bounds, B, S, counts, None, None, None)
+        torch.cumsum(counts, 0, out=starts[1:])
+        n = int(starts[-1])
+        values, latents = bias.new_empty(n), torch.empty(n, dtype=torch.int64)
+        native.call(name, p, S, bias, bounds, B, S, None, starts, values, latents)
+        return values, latents, starts
+    q = p + bias
+    chosen = q > bounds
+    torch.cumsum(chosen.sum(1), 0, out=starts[1:])
+    latents = chosen.nonzero()[:, 1]
+    return q[chosen], latents, starts
 
 
-class _DecodeAt(Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, pairs: Pairs) -> Tensor:
-        ctx.save_for_backward(values, W_dec)
-        ctx.pairs = pairs
-        return F.embedding_bag(pairs.latents, W_dec, pairs.starts, mode="sum", per_sample_weights=values)
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest, [], of values [n]."""
+    if native.usable(values):
+        out = values.new_empty(())
+        native.call("kth_largest_of", values, len(values), k, out)
+        return out
+    return values.kthvalue(len(values) - k + 1).values
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_BE: Tensor) -> tuple[Tensor | None, ...]:
-        values, W_dec = ctx.saved_tensors
-        pairs: Pairs = ctx.pairs
-        g_BE = g_BE.contiguous()
-        g_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            g_BE, W_dec, pairs.latents, pairs.starts, pairs.tokens, SUM
+
+def by_latent(latents: Tensor, tokens: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs sorted by latent, those of a latent in their order: (order [n], their tokens [n], each latent's first, [S + 1])."""
+    if native.usable(latents, tokens):
+        order, theirs = torch.empty_like(latents), torch.empty_like(latents)
+        starts = torch.empty(d_sae + 1, dtype=torch.int64)
+        native.call("by_latent", latents, tokens, len(latents), d_sae, order, theirs, starts)
+        return order, theirs, starts
+    in_order, order = torch.sort(latents, stable=True)
+    starts = torch.searchsorted(in_order, torch.arange(d_sae + 1, device=order.device))
+    return order, tokens[order], starts
+
+
+def segment_sum(index: Tensor, weights: Tensor, starts: Tensor, table: Tensor) -> Tensor:
+    """Σ over each segment of weights[i] · table[index[i]]: index, weights [n], starts [m + 1], table [R, W] → [m, W]."""
+    if native.usable(index, weights, starts, table):
+        out = table.new_empty(len(starts) - 1, table.shape[1])
+        native.call("segment_sum", index, weights, starts, len(starts) - 1, table, table.shape[1], out)
+        return out
+    if triton := _triton(weights, table):
+        return triton.segment_sum(index, weights, starts, table)
+    return F.embedding_bag(
+        index, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
+def pair_dots(tokens: Tensor, latents: Tensor, starts: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a[token] · b[latent] of each pair: a [B, W], b [S, W], starts [B + 1] of each token's pairs → [n]."""
+    if native.usable(latents, starts, a, b):
+        out = a.new_empty(len(latents))
+        native.call("pair_dots", latents, starts, len(a), a, b, a.shape[1], out)
+        return out
+    if triton := _triton(a, b):
+        return triton.pair_dots(tokens, latents, a, b)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b, latents, starts[:-1], tokens, 0)
+
+
+def decode_error(
+    tokens: Tensor, latents: Tensor, starts: Tensor, values: Tensor, rows: Tensor, rest: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the chosen latents leave of `rest`: error = rest − Σ value · row [B, W], its squared norm [B], and
+    error[token] · row[latent] of each pair [n].
+
+    rows: [S, W]. rest: [B, W]. values: [n].
+    """
+    if native.usable(latents, starts, values, rows, rest):
+        error, squares, dots = torch.empty_like(rest), rest.new_empty(len(rest)), torch.empty_like(values)
+        native.call(
+            "decode_error",
+            latents,
+            values,
+            starts,
+            len(rest),
+            rows,
+            rows.shape[1],
+            rest,
+            error,
+            squares,
+            dots,
         )
-        return g_values, pairs.sum_rows(values, g_BE), None
+        return error, squares, dots
+    if triton := _triton(values, rows, rest):
+        return triton.decode_error(tokens, latents, starts, values, rows, rest)
+    error = rest - segment_sum(latents, values, starts, rows)
+    return error, error.square().sum(1), pair_dots(tokens, latents, starts, error, rows)
 
 
-def decode_at(values: Tensor, W_dec: Tensor, pairs: Pairs) -> Tensor:
-    """Σ over the chosen latents of value · decoder row: [n] → [B, E], differentiable in both."""
-    return _DecodeAt.apply(values, W_dec, pairs)
+def _triton(*tensors: Tensor) -> ModuleType | None:
+    """The Triton kernels, where they can take these tensors: contiguous float32 on a GPU."""
+    if all(t.is_cuda and t.is_contiguous() and t.dtype == torch.float32 for t in tensors) and has_triton():
+        from saekit.sae import triton_kernels
+
+        return triton_kernels
+    return None
 
 
-def decode_at_plain(values: Tensor, W_dec: Tensor, pairs: Pairs) -> Tensor:
-    """The twin of `decode_at`: scatter to [B, S], then the dense matmul."""
-    f_BS = torch.zeros(pairs.n_tokens, pairs.d_sae, dtype=values.dtype, device=values.device)
-    return f_BS.index_put((pairs.tokens, pairs.latents), values) @ W_dec
+def _takes(p: Tensor, *vectors: Tensor) -> bool:
+    """Whether the compiled kernels take pre-activations p and vectors over the latents."""
+    fits = p.device.type == "cpu" and p.is_contiguous() and p.dtype in (torch.float32, torch.bfloat16)
+    return fits and native.usable(*vectors)
+
+
+def _typed(name: str, p: Tensor) -> str:
+    return f"{name}_bf16" if p.dtype == torch.bfloat16 else f"{name}_f32"

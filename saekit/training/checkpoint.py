@@ -1,10 +1,12 @@
 """Exact checkpoints: a folder that is whole or not there, the newest one that is, and one writer at a time.
 
     run/step-1200/  state.safetensors · state.json · manifest.json (SHA-256 of the others, written last)
+                    shard-*.safetensors instead of the first, where processes share the latents: each wrote its own
     run/.lock       held while a process writes the run (`exclusive`), with its pid; gone when it is done
 
 A checkpoint is built beside its place, made durable and renamed (`files.staged`), so a kill at any moment
-leaves those before it untouched. Old ones are pruned only after the new one is in place and durable.
+leaves those before it untouched. Old ones are pruned only after the new one is in place and durable. Either kind goes on
+in any number of processes: shards are written and read by torch.distributed.checkpoint, as slices of whole tensors.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from saekit.errors import InvalidInput, first_line
@@ -37,6 +40,7 @@ from saekit.files import (
     write_json,
     write_tensors,
 )
+from saekit.sae.ranks import ALONE, Ranks
 
 try:
     import fcntl
@@ -45,13 +49,29 @@ except ImportError:  # not a Unix
 
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 LOCK = ".lock"
+SHARD = re.compile(r"shard-[0-9]+-[A-Za-z0-9.-]+\.safetensors")
 STEP = re.compile("step-(0|[1-9][0-9]*)")
 SETTLED = 2.0  # seconds after which a change to a file is sure to change its time stamp
 Report = Callable[[str], None]
+Axis = Callable[
+    [str, Tensor], int | None
+]  # along which a tensor of that name is shared by processes; None: not at all
 
 
-def save(run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
+def save(
+    run: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+    *,
+    ranks: Ranks = ALONE,
+    axis: Axis = lambda *_: None,
+) -> Path:
     """Write `run/step-<step>`, then prune.
+
+    ranks: of processes that train together all call this, the first writes, and where they share the latents each writes
+    its own blocks of the tensors, along `axis`.
 
     What is kept: the newest `keep` checkpoints up to this one (at least this one). The others go, earlier ones and
     later ones: a run goes on from its newest whole checkpoint, so a later one is damaged and was passed over.
@@ -63,18 +83,55 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str
     """
     folder = run / f"step-{step}"
     try:
-        with staged(folder) as building:
-            write_tensors(building / TENSORS, tensors)
-            write_json(building / STATE, state)
-            sums = {name: sha256_of_file(building / name) for name in (TENSORS, STATE)}
-            write_json(building / MANIFEST, sums)
+        with contextlib.ExitStack() as stack:
+            building = Path(ranks.first(lambda: str(stack.enter_context(staged(folder)))))
+            if ranks.latents.size > 1:
+                _write_shards(building, tensors, ranks, axis)
+
+            def finish() -> None:
+                if ranks.latents.size == 1:
+                    write_tensors(building / TENSORS, tensors)
+                write_json(building / STATE, state)
+                write_json(
+                    building / MANIFEST, {p.name: sha256_of_file(p) for p in sorted(building.iterdir())}
+                )
+                stack.close()
+                _prune(run, step, keep)
+
+            ranks.first(finish)
     except OSError as error:
         raise InvalidInput(
             f"checkpoint {folder}: could not be written ({first_line(error)}); earlier ones are whole. "
             "Make room or choose another disk, then resume"
         ) from error
-    _prune(run, step, keep)
     return folder
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks, axis: Axis) -> None:
+    """Each process's blocks, a file each, safetensors. Raises OSError on all of them where one cannot write."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        save_shards(_distributed(tensors, ranks, axis), storage_writer=writer)
+    except CheckpointException as error:
+        raise OSError(first_line(next(iter(error.failures.values()))[0])) from error
+
+
+def _distributed(tensors: Mapping[str, Tensor], ranks: Ranks, axis: Axis) -> dict[str, Any]:
+    """Blocks as the whole tensors that they are slices of: DTensors over contiguous memory on the CPU."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    found = {}
+    for name, tensor in tensors.items():
+        along = axis(name, tensor)
+        placements = [Replicate(), Replicate() if along is None else Shard(along)]
+        found[name] = DTensor.from_local(
+            tensor.detach().cpu().contiguous(), ranks.mesh, placements, run_check=False
+        )
+    return found
 
 
 def _prune(run: Path, step: int, keep: int) -> None:
@@ -96,14 +153,45 @@ def newest(run: Path, report: Report | None = None) -> Path | None:
     return None
 
 
-def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, state) of a checkpoint whose sums are right; those that `newest` has just found right are not read twice."""
-    if (problem := _problem(folder)) is not None:
+def load(
+    folder: Path, *, ranks: Ranks = ALONE, axis: Axis = lambda *_: None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, state) of a checkpoint whose sums are right; those that `newest` has just found right are not read twice.
+
+    Whoever wrote it, in however many processes: each gets its block of what has an `axis`, and all of the rest.
+    """
+    if (problem := ranks.first(lambda: _problem(folder))) is not None:
         raise InvalidInput(
             f"checkpoint {folder}: files are missing or differ from its manifest ({problem}); "
             "remove the folder, and a resume takes the one before it"
         )
-    return read_tensors(folder / TENSORS, finite=False), read_json(folder / STATE)
+    state = read_json(folder / STATE)
+    if ranks.latents.size == 1 and (folder / TENSORS).exists():
+        return read_tensors(folder / TENSORS, finite=False), state
+    return _read_blocks(folder, ranks, axis), state
+
+
+def _read_blocks(folder: Path, ranks: Ranks, axis: Axis) -> dict[str, Tensor]:
+    """This process's blocks of tensors that lie in one file or in shards."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+
+    about = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    blocks: dict[str, Any] = {}
+    for name, one in about.items():
+        assert isinstance(one, TensorStorageMetadata)  # safetensors hold nothing else
+        shape, along = list(one.size), axis(name, torch.empty(one.size, device="meta"))
+        if along is not None:
+            shape[along] //= ranks.latents.size
+        blocks[name] = torch.empty(shape, dtype=one.properties.dtype)
+    if ranks.latents.size == 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it reads alone, as it was told to
+            load_shards(blocks, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    else:
+        load_shards(_distributed(blocks, ranks, axis), storage_reader=HuggingFaceStorageReader(str(folder)))
+    return blocks
 
 
 def _folders(run: Path) -> list[Path]:
@@ -122,12 +210,16 @@ _whole: dict[Path, tuple[tuple[int, ...], ...]] = {}
 def _problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None for a whole one."""
     try:
-        before = [(folder / name).stat() for name in (TENSORS, STATE, MANIFEST)]
+        shards = sorted(path.name for path in folder.iterdir() if SHARD.fullmatch(path.name))
+        names = (*(shards or [TENSORS]), STATE)
+        before = [(folder / name).stat() for name in (*names, MANIFEST)]
         signature = tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in before)
         if _whole.get(folder) == signature:
             return None
         sums = read_json(folder / MANIFEST)
-        for name in (TENSORS, STATE):
+        if sums.keys() - {*names}:
+            return f"{MANIFEST} lists {min(sums.keys() - {*names})!r:.80}, which is not there"
+        for name in names:
             if sums.get(name) != sha256_of_file(folder / name):
                 return f"{name} differs from {MANIFEST}"
     except (OSError, InvalidInput) as error:

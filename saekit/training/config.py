@@ -48,6 +48,9 @@ class TrainingConfig(BaseModel):
     # steps do not slow all that follow (LOG.md, November 2026). None: no clipping.
     clip_grad_norm: Positive | None = 0.1
 
+    # Operands of the encoder's product; weights, sums and all else stay float32. None: bfloat16 where this machine
+    # multiplies it natively, else float32.
+    precision: Literal["bfloat16", "float32"] | None = None
     # What the data is scaled by while training; saved SAEs always take raw activations.
     normalize: Literal["expected_norm", "none", "whiten"] = "expected_norm"  # E‖x‖ = √d_in; covariance 1
     decoder: Literal["unit", "free"] | None = (

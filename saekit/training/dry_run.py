@@ -112,7 +112,9 @@ def _figures(
         }
     training = recipe.training
     rows = max(training.ring, training.batch_size)
-    found["ring_bytes"] = rows * sum(widths.values()) * item_bytes
+    ring_bytes = 2 if recipe.data.cache else item_bytes
+    found["ring_bytes"] = rows * sum(widths.values()) * ring_bytes
+    found["cache_bytes"] = 2 * (found["tokens"] + rows) * sum(widths.values()) if recipe.data.cache else 0
     for key in ("parameters", "training_bytes", "flops_per_token"):
         found[key] = sum(told[key] for told in found["saes"])
     checkpoints = training.keep_checkpoints if training.checkpoint_every else 1
@@ -154,6 +156,8 @@ def _lines(recipe: Recipe, found: dict[str, Any]) -> Iterator[str]:
             f"{found['forward_flops_per_token'] / 1e6:,.1f} MFLOP a token; "
             f"up to {found['disk_bytes'] / 2**20:,.0f} MiB on disk"
         )
+        if found["cache_bytes"]:
+            yield f"  up to {found['cache_bytes'] / 2**20:,.0f} MiB of activations in {recipe.data.cache}"
         hours = found["flops"] / SUSTAINED / 3600
         yield f"  {found['flops']:.2g} FLOP in all: {hours:,.2g} h where {SUSTAINED / 1e12:.0f} TFLOP/s are sustained"
     yield from (f"  checked      {item}" for item in found["checked"])

@@ -10,6 +10,8 @@ A recipe with a list of SAEs (a sweep) trains them all on one stream, one forwar
 its rows and its final SAE in a folder of its own, `checkpoints/<name>/<sae>/`, while a checkpoint holds them all, and
 `pareto.png` compares them.
 
+Under torchrun several processes do this together (`training.parallel`); one process imports nothing for it.
+
 The trainers see only batches of activations; this file is where model, text and trainers meet.
 """
 
@@ -22,11 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from saekit.activations import Activations, Rows, StreamPosition
+import torch
+from torch import Tensor
+
+from saekit.activations import Activations, Share, StreamPosition
 from saekit.errors import Interrupted, InvalidInput, UnknownName, near
 from saekit.evaluation import Evaluation, pareto_of_sweep
 from saekit.files import existing, read_json
-from saekit.lm import load_model, special_ids
+from saekit.lm import fast_dtype, load_model, special_ids
 from saekit.recipe import (
     LanguageModelRecipe,
     Recipe,
@@ -36,18 +41,20 @@ from saekit.recipe import (
     write_recipe,
 )
 from saekit.sae import SAE
+from saekit.sae.ranks import Elsewhere, Part, Ranks
 from saekit.sites import check_site, site_width
 from saekit.text import place
 from saekit.tokens import Position, Tokens, tokenize
 from saekit.training import checkpoint
 from saekit.training.origin import origin
+from saekit.training.parallel import device_of_process, exchanged, latent_axis, ranks_of
 from saekit.training.trainee import FINAL, Trainee
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 RUNS = Path("checkpoints")
-# What may change between a run and its resumption: how long it is, what it logs, what it keeps.
+# What may change between a run and its resumption: how long it is, what it logs, what it keeps, who computes it.
 FREE_ON_RESUME = (
     "training.tokens",
     "training.log_every",
@@ -56,6 +63,7 @@ FREE_ON_RESUME = (
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "wandb",
+    "parallel",
 )
 
 
@@ -121,7 +129,8 @@ def train(
     on from the newest checkpoint (start, where there is none; change nothing, where the run is finished). model: one that
     is loaded already.
 
-    What becomes of an SAE in a list is, bit for bit, what becomes of it alone.
+    What becomes of an SAE in a list is, bit for bit, what becomes of it alone. Under torchrun the processes train together,
+    and all return the same.
 
     Raises `InvalidInput` for a wrong recipe, a run that exists and is not to be resumed, one that another process is
     writing, or a resumption with another recipe, model, text or library; `Interrupted` after SIGINT or SIGTERM, once a
@@ -136,42 +145,77 @@ def train(
         recipe = read
     elif overrides:
         raise InvalidInput("overrides go with a recipe file; a Recipe has model_copy(update=…)")
-    reporter = reporter or _Silent()
-    path = Path(runs) / recipe.name
+    with ranks_of(recipe.parallel.data, recipe.parallel.latents) as ranks:
+        told = reporter if reporter and ranks.is_first else _Silent()
+        return _train(recipe, resume, model, Path(runs) / recipe.name, told, ranks)
+
+
+def _train(
+    recipe: Recipe,
+    resume: bool,
+    model: TransformerBridge | None,
+    path: Path,
+    reporter: Reporter,
+    ranks: Ranks,
+) -> Run | Sweep:
+    """What `train` does, in one process of those that train together."""
     if not resume:
-        checkpoint.check_new(path)
-    model = model or load_model(recipe.model, dtype=recipe.dtype, device=recipe.device)
+        ranks.first(lambda: checkpoint.check_new(path))
+    model = model or _load(recipe, ranks)
     recipe = recipe.model_copy(update={"dtype": str(model.cfg.dtype).removeprefix("torch.")})
-    if resume and (path / "recipe.yaml").exists():
-        _check_same_recipe(path, read_recipe(path / "recipe.yaml"), recipe)
-    if (finished := _finished(path, recipe)) is not None:
-        checkpoint.settle(path, recipe.training.keep_checkpoints)
+    if resume and ranks.first((path / "recipe.yaml").exists):
+        before = read_recipe(path / "recipe.yaml")
+        ranks.each(lambda: _check_same_recipe(path, before, recipe))
+    if ranks.first(lambda: _is_finished(path, recipe)):
+        ranks.first(lambda: checkpoint.settle(path, recipe.training.keep_checkpoints))
         reporter.line(f"{path} is finished; nothing to do")
-        return finished
-    with checkpoint.exclusive(path, reporter.line):
+        return _finished(path, recipe)
+
+    def begin() -> None:
+        stack.enter_context(checkpoint.exclusive(path, reporter.line))
         if not resume:
             checkpoint.check_new(path)  # nobody may have written it while the model was loading
         checkpoint.clean(path)
-        with checkpoint.disk_errors_told(path):
-            return _Session(recipe, model, path, resume, reporter).run()
+        stack.enter_context(checkpoint.disk_errors_told(path))
+
+    with contextlib.ExitStack() as stack:
+        ranks.first(begin)
+        return _Session(recipe, model, path, resume, reporter, ranks).run()
+
+
+def _load(recipe: Recipe, ranks: Ranks) -> TransformerBridge:
+    """The language model, in one dtype for all processes, also where they find different machines."""
+    device = device_of_process(recipe.device)
+    if recipe.dtype is None and not ranks.alone:
+        return load_model(
+            recipe.model, dtype=ranks.first(lambda: _name(fast_dtype(device or "cpu"))), device=device
+        )
+    return load_model(recipe.model, dtype=recipe.dtype, device=device)
 
 
 class _Session:
     """One process's part of a run, from its start or its newest checkpoint to the end or a signal."""
 
     def __init__(
-        self, recipe: Recipe, model: TransformerBridge, path: Path, resume: bool, reporter: Reporter
+        self,
+        recipe: Recipe,
+        model: TransformerBridge,
+        path: Path,
+        resume: bool,
+        reporter: Reporter,
+        ranks: Ranks,
     ) -> None:
         self.recipe, self.model, self.path, self.reporter = recipe, model, path, reporter
+        self.ranks = ranks
         self.train_tokens, self.held_out = corpora(recipe, model)
         self.origin = origin(recipe, model)
         widths = {site: site_width(model, site) for site in recipe.sites}
         metadata = _metadata(recipe, model)
         self.trainees = [
-            Trainee(member, widths, model, metadata, path / member.name) for member in recipe.members
+            Trainee(member, widths, model, metadata, path / member.name, ranks) for member in recipe.members
         ]
         state = self._restore() if resume else {}
-        write_recipe(path / "recipe.yaml", recipe)
+        ranks.first(lambda: write_recipe(path / "recipe.yaml", recipe))
         self.stream = Activations(
             model,
             recipe.sites,
@@ -181,29 +225,42 @@ class _Session:
             contexts=recipe.training.contexts,
             seed=recipe.seed,
             start=_stream_position(state["stream"]) if state else StreamPosition(),
+            share=(ranks.world.rank, ranks.world.size),
+            cache=recipe.data.cache,
+            cache_rows=recipe.training.tokens,
+            tell=reporter.line,
         )
         self.wandb_ids = {key: own["wandb_id"] for key, own in state.get("saes", {}).items()}
 
     def _restore(self) -> dict[str, Any]:
         """Put the trainers where the newest checkpoint left them → its state; empty where there is none."""
-        found = checkpoint.newest(self.path, self.reporter.line)
-        if found is None:
+        step = self.ranks.first(self._newest)
+        if step is None:
             return {}
-        tensors, state = checkpoint.load(found)
-        checkpoint.check_origin(state.get("origin", {}), self.origin, found)
+        found = self.path / step
+        tensors, state = checkpoint.load(found, ranks=self.ranks, axis=_axis)
+        self.ranks.each(lambda: checkpoint.check_origin(state.get("origin", {}), self.origin, found))
         before = parse_recipe(state["recipe"], str(found))
-        _check_same_recipe(self.path, before, self.recipe)
+        self.ranks.each(lambda: _check_same_recipe(self.path, before, self.recipe))
         for trainee in self.trainees:
             trainee.restore(tensors, state["saes"][trainee.key])
         self.reporter.line(f"resumed from {found}")
         return state
 
+    def _newest(self) -> str | None:
+        """The newest whole checkpoint's name."""
+        found = checkpoint.newest(self.path, self.reporter.line)
+        return None if found is None else found.name
+
     def run(self) -> Run | Sweep:
         with contextlib.ExitStack() as stack:
-            for trainee in self.trainees:
-                self._track(trainee, stack)
+            self.ranks.first(lambda: self._track_all(stack))
             self._steps()
             return self._finish()
+
+    def _track_all(self, stack: contextlib.ExitStack) -> None:
+        for trainee in self.trainees:
+            self._track(trainee, stack)
 
     def _track(self, trainee: Trainee, stack: contextlib.ExitStack) -> None:
         """Open a trainee's rows until the stack unwinds, by an exception or at the end."""
@@ -226,33 +283,46 @@ class _Session:
         config = self.recipe.training
         with checkpoint.stop_on_signals() as stop:
             clock = _Clock(self.trainees[0].trainer.tokens_seen)
-            for batch in self._batches():
-                outs = [trainee.step(batch) for trainee in self.trainees]
+            for share in self._shares():
+                part = None if self.ranks.data.size == 1 else Part(share.numbers, share.size)
+                outs = [trainee.step(share.rows, part) for trainee in self.trainees]
                 step = self.step
-                if step % config.log_every == 0 or step == config.steps:
+                logs = step % config.log_every == 0 or step == config.steps
+                if logs:
                     figures = [trainee.log(out) for trainee, out in zip(self.trainees, outs, strict=True)]
                     rate = clock.rate(self.trainees[0].trainer.tokens_seen)
                     self.reporter.progress(step, config.steps, _told(figures, rate))
                 if config.evaluate_every and step % config.evaluate_every == 0 and step < config.steps:
                     self._evaluate()
+                stopping = self._agreed(stop, logs)
                 if step < config.steps and (
-                    stop.asked or (config.checkpoint_every and step % config.checkpoint_every == 0)
+                    stopping or (config.checkpoint_every and step % config.checkpoint_every == 0)
                 ):
                     self._checkpoint()
-                if stop.asked and step < config.steps:
-                    raise Interrupted(f"stopped at step {step} of {config.steps}; go on with --resume")
+                    stopping = self._agreed(stop, logs)
+                if stopping and step < config.steps:
+                    raise (Interrupted if self.ranks.is_first else Elsewhere)(
+                        f"stopped at step {step} of {config.steps}; go on with --resume"
+                    )
 
-    def _batches(self) -> Iterator[Rows]:
-        batches = self.stream.batches()
-        while self.step < self.recipe.training.steps:
-            yield next(batches)
+    def _agreed(self, stop: checkpoint.StopFlag, logs: bool) -> bool:
+        """Whether one of the processes was asked to stop. On a GPU, which it would wait for, they agree when they log."""
+        on_gpu = torch.device(self.model.cfg.device or "cpu").type == "cuda"
+        if not self.ranks.alone and on_gpu and not logs:
+            return False
+        return self.ranks.world.any(stop.asked)
+
+    def _shares(self) -> Iterator[Share]:
+        with contextlib.closing(self.stream.shares()) as shares:
+            while self.step < self.recipe.training.steps:
+                yield exchanged(next(shares), self.ranks.latents)
 
     def _evaluate(self) -> list[Evaluation]:
         tokens = self.recipe.training.evaluate_tokens
         return [trainee.evaluate(self.model, self.held_out, tokens) for trainee in self.trainees]
 
     def _checkpoint(self) -> None:
-        for trainee in self.trainees:
+        for trainee in self.trainees if self.ranks.is_first else ():
             trainee.tracker.checkpointed()
         checkpoint.save(
             self.path,
@@ -265,6 +335,8 @@ class _Session:
                 "saes": {trainee.key: trainee.state() for trainee in self.trainees},
             },
             self.recipe.training.keep_checkpoints,
+            ranks=self.ranks,
+            axis=_axis,
         )
 
     def _finish(self) -> Run | Sweep:
@@ -272,15 +344,33 @@ class _Session:
         found = self._evaluate()
         for trainee, evaluation in zip(self.trainees, found, strict=True):
             trainee.finish(evaluation)
-        comparison = pareto_of_sweep(self.path) if self.recipe.is_sweep else None
+        pictures: list[Path] = []
+        if self.recipe.is_sweep:
+            self.ranks.first(lambda: pictures.append(pareto_of_sweep(self.path)))
         self._checkpoint()
-        runs = []
+        if not self.ranks.alone:
+            self.ranks.first(lambda: self._publish(found, pictures))
+            return _finished(self.path, self.recipe)
+        self._publish(found, pictures)
+        runs = [
+            Run(trainee.folder, trainee.trainer.sae.requires_grad_(False), evaluation.figures)
+            for trainee, evaluation in zip(self.trainees, found, strict=True)
+        ]
+        return Sweep(self.path, tuple(runs)) if self.recipe.is_sweep else runs[0]
+
+    def _publish(self, found: list[Evaluation], pictures: list[Path]) -> None:
         for trainee, evaluation in zip(self.trainees, found, strict=True):
             title = "-".join(filter(None, (self.recipe.name, trainee.member.name)))
-            trainee.publish(title, evaluation.figures, comparison)
-            sae = trainee.trainer.sae.requires_grad_(False)
-            runs.append(Run(trainee.folder, sae, evaluation.figures))
-        return Sweep(self.path, tuple(runs)) if self.recipe.is_sweep else runs[0]
+            trainee.publish(title, evaluation.figures, pictures[0] if pictures else None)
+
+
+def _axis(name: str, tensor: Tensor) -> int | None:
+    """Of a tensor in a checkpoint, whose name starts with its SAE's."""
+    return latent_axis(name.partition("/")[2], tensor)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _told(figures: list[dict[str, float]], rate: float) -> dict[str, float]:
@@ -360,13 +450,16 @@ def _stream_position(saved: Any) -> StreamPosition:
     return StreamPosition(Position(*filled_from), fill, given)
 
 
-def _finished(path: Path, recipe: Recipe) -> Run | Sweep | None:
-    """What a finished run left, or None where something is to be done."""
-    folders = [path / member.name for member in recipe.members]
+def _is_finished(path: Path, recipe: Recipe) -> bool:
     newest = checkpoint.newest(path)
-    last = f"step-{recipe.training.steps}"
-    if newest is None or newest.name != last or not all((folder / FINAL).exists() for folder in folders):
-        return None
+    if newest is None or newest.name != f"step-{recipe.training.steps}":
+        return False
+    return all((path / member.name / FINAL).exists() for member in recipe.members)
+
+
+def _finished(path: Path, recipe: Recipe) -> Run | Sweep:
+    """What a finished run left."""
+    folders = [path / member.name for member in recipe.members]
     runs = [
         Run(folder, SAE.load(folder / FINAL), read_json(folder / FINAL / "metrics.json"))
         for folder in folders

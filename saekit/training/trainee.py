@@ -25,7 +25,9 @@ from saekit.files import staged, write_json
 from saekit.members import Member
 from saekit.sae import SAE
 from saekit.sae.files import save as save_sae
+from saekit.sae.ranks import ALONE, Elsewhere, Part, Ranks
 from saekit.tokens import Tokens
+from saekit.training.parallel import shard, whole
 from saekit.training.tracking import SAMPLES, Tracker, WandbConfig
 from saekit.training.trainer import StepOutput, Trainer
 
@@ -39,7 +41,10 @@ RARE = {"sparsity/below_1e-5": 100_000, "sparsity/below_1e-6": 1_000_000}
 
 
 class Trainee:
-    """member: what the recipe says. widths: of the sites, by name. metadata: of the SAE's origin. folder: its own."""
+    """member: what the recipe says. widths: of the sites, by name. metadata: of the SAE's origin. folder: its own.
+
+    ranks: the processes that train it together, which all make the same calls; the first alone writes and evaluates.
+    """
 
     def __init__(
         self,
@@ -48,10 +53,12 @@ class Trainee:
         model: TransformerBridge,
         metadata: Mapping[str, Any],
         folder: Path,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.member, self.folder = member, folder
+        self.member, self.folder, self.ranks = member, folder, ranks
         self.trainer = Trainer(
-            new_sae(member, widths, str(model.cfg.model_name), metadata).to(model.cfg.device),
+            shard(new_sae(member, widths, str(model.cfg.model_name), metadata), ranks).to(model.cfg.device),
+            ranks=ranks,
             **member.training.model_dump(),
         )
         self._tracker: Tracker | None = None
@@ -82,11 +89,11 @@ class Trainee:
         )
         return self._tracker
 
-    def step(self, batch: Rows) -> StepOutput:
-        """One step on its sites' rows: x [B, D], and a transcoder's target [B, E]."""
+    def step(self, batch: Rows, part: Part | None = None) -> StepOutput:
+        """One step on its sites' rows: x [B, D], and a transcoder's target [B, E]. part: which of the whole batch's they are."""
         sites, target = self.member.sites, self.member.target_site
         x = batch[sites[0]] if len(sites) == 1 else torch.cat([batch[site] for site in sites], 1)
-        return self.trainer.step(x, None if target is None else batch[target])
+        return self.trainer.step(x, None if target is None else batch[target], part=part)
 
     def log(self, out: StepOutput) -> dict[str, float]:
         """Write a row of the step just taken → its figures. Raises `InvalidInput` where the loss is NaN."""
@@ -94,7 +101,7 @@ class Trainee:
         figures = {name: float(value) for name, value in out._asdict().items()}
         if math.isnan(figures["loss"]):
             whose = f"the loss of {self.member.name}" if self.member.name else "the loss"
-            raise InvalidInput(
+            raise (InvalidInput if self.ranks.is_first else Elsewhere)(
                 f"{whose} became NaN at step {trainer.steps_taken}: lower training.lr (now {trainer.config.lr})"
             )
         row: dict[str, float] = {
@@ -114,27 +121,43 @@ class Trainee:
         if revived_by == "auxk" or sae.architecture == "gated":
             row["losses/auxiliary_reconstruction_loss"] = figures["aux"]
         row |= {
-            key: int((trainer.tokens_since_fired >= tokens).sum())
+            key: int(self.ranks.latents.sum((trainer.tokens_since_fired >= tokens).sum()))
             for key, tokens in RARE.items()
             if trainer.tokens_seen >= tokens  # before that nobody can be told to be so rare
         }
-        self.tracker.log(row)
+        if self.ranks.is_first:
+            self.tracker.log(row)
         return figures
 
     def evaluate(self, model: TransformerBridge, held_out: Tokens, max_tokens: int) -> Evaluation:
-        """Evaluate on held-out text and write a row of it."""
-        evaluation = assess(model, self.trainer.sae, held_out, max_tokens=max_tokens)
-        metrics = evaluation.figures
+        """Evaluate on held-out text and write a row of it. Only the first process has densities."""
+        sae = whole(self.trainer.sae, self.ranks)
+        found: list[Evaluation] = []
+
+        def work() -> dict[str, float]:
+            assert sae is not None
+            found.append(assess(model, sae, held_out, max_tokens=max_tokens))
+            self._log_evaluation(found[0].figures)
+            return found[0].figures
+
+        metrics = self.ranks.first(work)
+        return found[0] if found else Evaluation(metrics, torch.empty(0))
+
+    def _log_evaluation(self, metrics: Mapping[str, float]) -> None:
         row: dict[str, float] = {"step": self.trainer.steps_taken, SAMPLES: self.trainer.tokens_seen}
         if "ce_recovered" in metrics:
             row["metrics/ce_loss_score"] = metrics["ce_recovered"]
         row["metrics/mean_log10_feature_sparsity"] = metrics["mean_log10_density"]
         self.tracker.log(row | {f"held_out/{name}": value for name, value in metrics.items()})
-        return evaluation
 
     def finish(self, evaluation: Evaluation) -> None:
         """Write `final`: the SAE, its metrics and a picture of its firing rates, whole or not at all."""
-        sae, metrics = self.trainer.sae, evaluation.figures
+        sae = whole(self.trainer.sae, self.ranks)
+        self.ranks.first(lambda: self._write_final(sae, evaluation))
+
+    def _write_final(self, sae: SAE | None, evaluation: Evaluation) -> None:
+        assert sae is not None
+        metrics = evaluation.figures
         sae.config.metadata.update(l0=metrics["l0"], num_dead_features=metrics["dead_latents"])
         with staged(self.folder / FINAL) as building:
             save_sae(sae, building / "sae")
@@ -160,7 +183,8 @@ class Trainee:
         return {f"{self.key}/{name}": tensor for name, tensor in self.trainer.tensors().items()}
 
     def state(self) -> dict[str, Any]:
-        return {"trainer": self.trainer.counters(), "wandb_id": self.tracker.wandb_id}
+        wandb_id = self.tracker.wandb_id if self.ranks.is_first else None
+        return {"trainer": self.trainer.counters(), "wandb_id": wandb_id}
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         prefix = f"{self.key}/"

@@ -2,7 +2,7 @@
 
 The step, in the order of the papers:
 
-    objective → gradients → parallel part of ∂W_dec removed → clip → Adam → unit decoder rows → who is dead
+    objective → gradients → Adam, clipped, decoder rows kept at norm 1 (`training.optimizer`) → who is dead
 
 **Scale.** The recipes are written for data with E‖x‖ = √D. Instead of scaling the data, and then having to fold the
 scale into the weights, the weights stay in raw units and the optimizer works in the scaled ones: with s = √D / E‖x‖,
@@ -10,11 +10,15 @@ W_enc moves s times as far as its learning rate says, W_dec and b_dec 1/s times.
 equivariant under scaling of a parameter), and the SAE takes raw activations at any moment. Where one scale will not do
 (whitening, crosscoders), training has a frame of its own and folds after every step (`training.frame`).
 
+**Several processes** may share each batch and the latents (`sae.ranks`). Losses are sums over rows and latents, so gradients
+are added up once they are there, and everything before and after that is each process's own.
+
 B tokens, D = d_in, E = d_out, S = d_sae.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, NamedTuple
 
@@ -23,11 +27,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from saekit.errors import InvalidInput
+from saekit.lm import DTYPES, fast_dtype
 from saekit.sae import SAE
 from saekit.sae.architectures import Objective, Terms
+from saekit.sae.ranks import ALONE, Part, Ranks
 from saekit.training.config import TrainingConfig
 from saekit.training.control import Controller
 from saekit.training.frame import Frame, scale, scaling, whitening
+from saekit.training.optimizer import Optimizer
+from saekit.training.parallel import add_up
 from saekit.training.resample import resample
 from saekit.training.schedules import due, k_at, learning_rate, warmed
 
@@ -57,11 +65,12 @@ class Trainer:
 
     sae: changed in place, and always ready for raw activations. The keywords are the `training` section of a recipe, see
     `TrainingConfig`: lr, batch_size, tokens, l1_coefficient, target_l0, …
+    ranks: the processes that train it together; where they share the latents, `sae` is this one's (`training.parallel`).
 
     Raises `InvalidInput` for unknown or impossible keywords.
     """
 
-    def __init__(self, sae: SAE, **training: Any) -> None:
+    def __init__(self, sae: SAE, *, ranks: Ranks = ALONE, **training: Any) -> None:
         try:
             self.config = config = TrainingConfig(**training)
         except ValidationError as error:
@@ -72,12 +81,12 @@ class Trainer:
             raise InvalidInput("training goes on plain activations: start from SAE.new")
         if config.target_l0 is not None and kind.penalty is None:
             raise InvalidInput(f"target_l0: {sae.architecture} is told its L0 by k, not by a coefficient")
-        self.sae = sae.requires_grad_(True)
+        self.sae, self.ranks = sae.requires_grad_(True), ranks
         self.steps_taken = 0
         self.tokens_seen = 0
         self.scale = self.scale_in = 1.0  # s of the target and of the input, set by the first batch
         self.frame: Frame | None = None  # likewise, where one scale will not do
-        self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_dec.device)
+        self.tokens_since_fired = torch.zeros(len(sae.W_dec), dtype=torch.int64, device=sae.W_dec.device)
         self._framed = config.normalize == "whiten" or (
             config.normalize == "expected_norm" and sae.is_crosscoder
         )
@@ -99,41 +108,51 @@ class Trainer:
                 steps=config.steps,
                 device=sae.W_dec.device,
             )
-        self._optimizer = self._make_optimizer()
+        self._optimizer = Optimizer(self._trained, betas=config.adam_betas, eps=config.adam_eps, ranks=ranks)
+        self._dtype = self._operands()
 
-    def step(self, x: Tensor, target: Tensor | None = None) -> StepOutput:
+    def step(self, x: Tensor, target: Tensor | None = None, *, part: Part | None = None) -> StepOutput:
         """One optimizer step on x [B, D], float32 or bfloat16; target [B, E]: what a transcoder is to predict.
 
+        part: which rows of the batch x holds, where processes share it.
         Raises `InvalidInput` on a wrong shape, a missing target, or a first batch that holds NaN.
         """
         x, y = self._checked(x, target)
         if self.steps_taken == 0:
-            self._start_from(x, y)
+            self._start_from(*self._whole(part, x, y))
         if self.frame is not None:
             x, y = self.frame.inward(x, y)
         inner = self._inner
 
-        objective = inner.kind.objective(inner, x, y, self._terms())
+        objective = inner.kind.objective(inner, x, y, self._terms(part))
         inner.zero_grad()
         objective.loss.backward()
+        if not self.ranks.alone:
+            objective = add_up(objective, dict(inner.named_parameters()), self.ranks)
         if self._log_threshold is not None:
             self._log_threshold.grad = inner.threshold.grad * inner.threshold.detach()  # type: ignore[operator]
-        if self._unit_rows:
-            remove_parallel(inner.W_dec, inner.W_dec.grad)
-        self._clip()
-        self._set_learning_rate()
-        self._optimizer.step()
-        output = self._account(objective, len(x))
+        self._optimizer.step(
+            self.learning_rate,
+            self._units(),
+            clip=self.config.clip_grad_norm,
+            row_norm=1 / self.scale if self._unit_rows else None,
+        )
+        output = self._account(objective, len(x) if part is None else part.size)
         if self._dead_latents == "resample" and due(
             self.steps_taken, self.config.steps, self.config.resample_at
         ):
-            self._resample(x, y, objective.error)
+            self._resample(*self._whole(part, x, y, objective.error))
         self._constrain(objective)
         return output
 
+    def _whole(self, part: Part | None, *of: Tensor) -> list[Tensor]:
+        """The whole batch, in its order, that all processes start from alike; one tensor stays one."""
+        whole = {id(rows): self.ranks.data.rows(rows, part) for rows in of}
+        return [whole[id(rows)] for rows in of]
+
     def _checked(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
         sae = self.sae
-        if x.ndim != 2 or x.shape[1] != sae.d_in or len(x) == 0:
+        if x.ndim != 2 or x.shape[1] != sae.d_in or (len(x) == 0 and self.ranks.data.size == 1):
             raise InvalidInput(f"step: expected activations [B, {sae.d_in}], got {tuple(x.shape)}")
         x = x.to(sae.W_dec.device, torch.float32)
         if not sae.is_transcoder:
@@ -145,7 +164,7 @@ class Trainer:
             raise InvalidInput(f"step: a transcoder needs a target [{len(x)}, {sae.d_out}], got {got}")
         return x, target.to(x)
 
-    def _terms(self) -> Terms:
+    def _terms(self, part: Part | None) -> Terms:
         config, sae, step = self.config, self.sae, self.steps_taken
         dead = None
         # Nobody can be dead before `dead_after` tokens were seen: no need to look, which waits for the device.
@@ -154,7 +173,8 @@ class Trainer:
             and config.aux_coefficient > 0
             and self.tokens_seen >= config.dead_after
         ):
-            dead = self.dead if bool(self.dead.any()) else None
+            latents = self.dead.nonzero().squeeze(1)
+            dead = latents if self.ranks.latents.any(len(latents) > 0) else None
         return Terms(
             scale=self.scale,
             sparsity=self.coefficient,
@@ -166,6 +186,9 @@ class Trainer:
             l0_penalty=config.l0_penalty,
             tanh_scale=config.tanh_scale,
             preact=config.preact_coefficient,
+            dtype=self._dtype,
+            rows=None if part is None else part.size,
+            ranks=self.ranks,
         )
 
     @property
@@ -180,7 +203,7 @@ class Trainer:
 
     @property
     def dead(self) -> Tensor:
-        """[S] bool: latents that have not fired for `dead_after` tokens."""
+        """[S] bool: latents of this process that have not fired for `dead_after` tokens."""
         return self.tokens_since_fired >= self.config.dead_after
 
     @property
@@ -208,15 +231,13 @@ class Trainer:
             l0=objective.l0,
             sparsity=objective.sparsity,
             aux=objective.aux,
-            dead=self.dead.float().mean(),
+            dead=self.ranks.latents.mean(self.dead.float().mean()),
         )
 
     @torch.no_grad()
     def _constrain(self, objective: Objective) -> None:
-        """What has to hold after each step: unit rows, θ = e^{log θ}, the running threshold, the folded weights."""
+        """What has to hold after each step: θ = e^{log θ}, the running threshold, the folded weights."""
         inner = self._inner
-        if self._unit_rows:
-            inner.W_dec.mul_(1 / (self.scale * inner.W_dec.norm(dim=1, keepdim=True)))
         if self._log_threshold is not None:
             inner.threshold.copy_(self._log_threshold.exp())
         if inner.kind.running_threshold and objective.smallest is not None:
@@ -229,17 +250,11 @@ class Trainer:
     @torch.no_grad()
     def _resample(self, x: Tensor, y: Tensor, error: Tensor) -> None:
         """New rows for dead latents, and no memory of the old ones in Adam."""
-        latents = resample(self._inner, self.dead, x, y, error, seed=self.steps_taken)
+        latents = resample(self._inner, self.dead, x, y, error, seed=self.steps_taken, ranks=self.ranks)
         if self._log_threshold is not None:
             self._log_threshold.copy_(self._inner.threshold.log())
         self.tokens_since_fired[latents] = 0
-        for name, parameter in self._trained.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                moments = self._optimizer.state[parameter][key]
-                if name == "W_enc":
-                    moments[:, latents] = 0
-                elif name not in ("b_dec", "W_skip"):
-                    moments[latents] = 0
+        self._optimizer.forget(latents)
 
     # The optimizer, in scaled units
 
@@ -254,29 +269,13 @@ class Trainer:
         }
         return {name: known.get(name, 1.0) for name in self._trained}
 
-    def _make_optimizer(self) -> torch.optim.Adam:
-        groups = [{"params": [parameter], "name": name} for name, parameter in self._trained.items()]
-        return torch.optim.Adam(
-            groups, lr=self.config.lr, betas=self.config.adam_betas, eps=self.config.adam_eps, fused=True
-        )
-
-    def _set_learning_rate(self) -> None:
-        units, rate = self._units(), self.learning_rate
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate * units[group["name"]]
-            group["eps"] = self.config.adam_eps / units[group["name"]]
-
-    @torch.no_grad()
-    def _clip(self) -> None:
-        """Gradient clipping by the global norm, in scaled units."""
-        if self.config.clip_grad_norm is None:
-            return
-        units = self._units()
-        pairs = [(p.grad, units[name]) for name, p in self._trained.items() if p.grad is not None]
-        norm = torch.stack([grad.norm() * unit for grad, unit in pairs]).norm()
-        factor = (self.config.clip_grad_norm / norm).clamp_max(1.0)
-        for grad, _ in pairs:
-            grad.mul_(factor)
+    def _operands(self) -> torch.dtype | None:
+        """What the encoder's product rounds its operands to; None: nothing, where the SAE is not float32."""
+        device, dtype = self.sae.W_dec.device, self.sae.W_dec.dtype
+        if dtype != torch.float32:
+            return None
+        measured: str = self.ranks.first(lambda: str(fast_dtype(str(device))).removeprefix("torch."))
+        return DTYPES[self.config.precision or measured]
 
     # The start
 
@@ -315,18 +314,14 @@ class Trainer:
         return Frame(maps, whitening(y) if self.sae.is_transcoder else maps)
 
     def _copy_of(self, sae: SAE) -> SAE:
-        inner = SAE(sae.config).to(sae.W_dec.device)
-        inner.load_state_dict(sae.state_dict())
-        return inner
+        return copy.deepcopy(sae)
 
     # Exact state, for checkpoints
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor a resumed run needs; safe to hold only until the next step."""
         state = {f"sae.{name}": tensor for name, tensor in self._inner.state_dict().items()}
-        for group in self._optimizer.param_groups:
-            for name, tensor in self._optimizer.state[group["params"][0]].items():
-                state[f"adam.{group['name']}.{name}"] = tensor
+        state |= {f"adam.{name}": tensor for name, tensor in self._optimizer.tensors().items()}
         state["tokens_since_fired"] = self.tokens_since_fired
         if self._log_threshold is not None:
             state["log_threshold"] = self._log_threshold
@@ -350,17 +345,7 @@ class Trainer:
         device = self.tokens_since_fired.device
         for name, tensor in self._inner.state_dict().items():
             tensor.copy_(tensors[f"sae.{name}"])
-        for group in self._optimizer.param_groups:
-            parameter = group["params"][0]
-            prefix = f"adam.{group['name']}."
-            # Fused Adam walks memory linearly: its state has to lie as the parameter lies.
-            self._optimizer.state[parameter] = {
-                name.removeprefix(prefix): (
-                    torch.empty_like(parameter).copy_(tensor) if tensor.ndim else tensor.clone()
-                )
-                for name, tensor in tensors.items()
-                if name.startswith(prefix)
-            }
+        self._optimizer.restore({name.removeprefix("adam."): tensor for name, tensor in tensors.items()})
         self.tokens_since_fired = tensors["tokens_since_fired"].to(device)
         if self._log_threshold is not None:
             self._log_threshold.copy_(tensors["log_threshold"])
@@ -374,17 +359,6 @@ class Trainer:
             }
             self.frame = Frame.of({name: tensor.to(device) for name, tensor in parts.items()})
             self.frame.fold(self._inner, self.sae)
-
-
-@torch.no_grad()
-def remove_parallel(rows: Tensor, grad: Tensor | None) -> None:
-    """Take out of each row's gradient the part along the row, which renormalising would undo (Bricken 2023).
-
-    rows, grad: [S, D].
-    """
-    assert grad is not None
-    along = (grad * rows).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True)
-    grad.addcmul_(rows, along, value=-1)
 
 
 @torch.no_grad()

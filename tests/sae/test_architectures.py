@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saekit.sae import SAE
+from saekit.sae import SAE, choosing
 from saekit.sae.architectures import ARCHITECTURES, Terms
-from saekit.sae.architectures.batchtopk import largest_of_batch
 from saekit.sae.architectures.jumprelu import jump, step
 
 B, D, S, K = 40, 6, 24, 3
@@ -20,6 +19,12 @@ SHAPES = {
     "skip transcoder": {"d_out": 5, "skip": True},
     "crosscoder": {"site": ["a", "b"], "widths": [4, 2]},
 }
+
+
+@pytest.fixture(params=[1.0, 0.0], ids=["pairs", "grid"])
+def layout(request, monkeypatch):
+    """The pairs that matter, or all of them."""
+    monkeypatch.setattr(choosing, "DENSE", request.param)
 
 
 def make(architecture, **options):
@@ -37,7 +42,10 @@ def make(architecture, **options):
     return sae, x, y
 
 
-def run(sae, x, y, **terms):
+def run(sae, x, y, dead=None, **terms):
+    """The objective; dead: a mask [S]."""
+    if dead is not None:
+        terms["dead"] = dead.nonzero().squeeze(1)
     return sae.kind.objective(sae, x, y, Terms(scale=SCALE, sparsity=LAMBDA, k=K, **terms))
 
 
@@ -80,7 +88,7 @@ def squared(error):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_standard(shape) -> None:
+def test_standard(shape, layout) -> None:
     sae, x, y = make("standard", **shape)
     f = preactivations(sae, x).relu()
     expected = (
@@ -94,7 +102,7 @@ def test_standard(shape) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_gated(shape) -> None:
+def test_gated(shape, layout) -> None:
     sae, x, y = make("gated", **shape)
     gate = preactivations(sae, x)
     f = (gate > 0) * (sae.r_mag.exp() * (gate - sae.b_gate) + sae.b_mag).relu()
@@ -116,7 +124,7 @@ def pseudo_derivatives(p: Tensor, threshold: Tensor, width: float) -> tuple[Tens
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("penalty", ["step", "tanh"])
-def test_jumprelu(penalty, shape) -> None:
+def test_jumprelu(penalty, shape, layout) -> None:
     """A surrogate with the same value whose plain gradients are the paper's pseudo-derivatives."""
     sae, x, y = make("jumprelu", **shape)
     width = 0.4
@@ -193,7 +201,7 @@ def test_the_topk_family_with_auxk_into_every_parameter(architecture, n_dead, sh
 
 
 @pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu"])
-def test_auxk_for_the_dense_architectures(architecture) -> None:
+def test_auxk_for_the_dense_architectures(architecture, layout) -> None:
     sae, x, y = make(architecture)
     dead = some_dead(5)
     p = preactivations(sae, x)
@@ -222,18 +230,8 @@ def test_auxk_trains_dead_encoders() -> None:
     assert gradients(loss, sae)["W_enc"][:, -4:].abs().sum() > 0
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
-def test_the_largest_of_a_batch_even_where_one_token_has_them_all(spread) -> None:
-    draw = torch.Generator().manual_seed(0)
-    p = torch.randn(50, 200, generator=draw) + spread * torch.randn(50, 1, generator=draw)
-    tokens, latents = largest_of_batch(p, 300)
-    expected = p.flatten().topk(300).indices.sort().values
-    assert torch.equal(tokens * 200 + latents, expected)
-    assert (tokens.diff() >= 0).all()
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_latents_are_zero_where_the_objective_says_they_are(architecture) -> None:
+def test_latents_are_zero_where_the_objective_says_they_are(architecture, layout) -> None:
     """Training and use are one: with the threshold training would set, the same latents fire with the same values."""
     sae, x, y = make(architecture)
     got = run(sae, x, y)

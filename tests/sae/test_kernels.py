@@ -1,115 +1,296 @@
-"""Every kernel against its plain twin: values and all gradients, in float64."""
+"""The compiled kernels against plain torch: whatever the shapes and numbers, and however many threads there are.
+
+Compiled twice, for the processor at hand and for one of which nothing is known: the source has a way of its own for each.
+"""
 
 from __future__ import annotations
 
+import os
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from saekit.sae.kernels import Pairs, decode_at, decode_at_plain, preacts_at, preacts_at_plain
+from saekit.sae import kernels, native
 
-SHAPES = [(1, 3, 4, 1), (7, 5, 16, 3), (64, 8, 32, 32), (33, 16, 8, 2)]  # B, D, S, K
-RAGGED = [(1, 3, 4, 0.0), (7, 5, 16, 0.2), (64, 8, 32, 1.0), (33, 16, 8, 0.05)]  # B, D, S, share of pairs
-
-
-def weights(B, D, S, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    x, W_enc_rows, W_dec, b_enc, b_dec = (
-        torch.randn(*shape, generator=draw, dtype=torch.float64)
-        for shape in ((B, D), (S, D), (S, D), (S,), (D,))
-    )
-    return x, W_enc_rows.t(), W_dec, b_enc, b_dec
+some = settings(max_examples=40, deadline=None, derandomize=True)
+FLAGS = {"this processor": native.FLAGS, "any processor": native.PORTABLE}
+DTYPES = [torch.float32, torch.bfloat16]
+INF, NAN = float("inf"), float("nan")
+ENOUGH = 40 * 2**15  # multiply-adds with which several threads are worth it
 
 
-def leaves(*tensors):
-    return [None if t is None else t.detach().requires_grad_() for t in tensors]
+@pytest.fixture(scope="module", params=FLAGS.values(), ids=FLAGS, autouse=True)
+def library(request):
+    """The kernels as these flags build them, in place of the ones at hand."""
+    with patch.object(native, "FLAGS", request.param), patch.dict(os.environ):
+        os.environ.pop("SAEKIT_NATIVE", None)
+        built = native.library() if request.param is native.FLAGS else native._built.__wrapped__()
+        if built is None:
+            pytest.skip("no C++ compiler: plain torch is all there is")
+        with patch.object(native, "_built", lambda: built):
+            yield built
 
 
-def rows(B, S, K):
-    latents = torch.rand(B, S, generator=torch.Generator().manual_seed(1)).topk(K).indices
-    return Pairs.of_rows(latents, S)
+@contextmanager
+def plainly():
+    with patch.dict(os.environ, {"SAEKIT_NATIVE": "0"}):
+        yield
 
 
-def ragged(B, S, share):
-    """Some tokens get no latent, some get many."""
-    chosen = torch.rand(B, S, generator=torch.Generator().manual_seed(1)) < share
-    chosen[::3] = False
-    tokens, latents = chosen.nonzero(as_tuple=True)
-    return Pairs(tokens, latents, B, S)
+@contextmanager
+def threads(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-PAIRS = [(B, D, S, rows(B, S, K)) for B, D, S, K in SHAPES] + [
-    (B, D, S, ragged(B, S, share)) for B, D, S, share in RAGGED
-]
+def both(function, *arguments):
+    """Of a kernel: (compiled, plain), as tuples."""
+    fast = function(*arguments)
+    with plainly():
+        plain = function(*arguments)
+    return tuple(r if isinstance(r, tuple) else (r,) for r in (fast, plain))
 
 
-def both(kernel, plain, inputs, upstream):
-    """(value, gradients…) of each of the two."""
-    results = []
-    for function in (kernel, plain):
-        copies = leaves(*inputs)
-        out = function(copies)
-        wanted = [t for t in copies if t is not None]
-        results.append([out, *torch.autograd.grad(out, wanted, upstream(out))])
-    return zip(*results, strict=True)
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("shifted", [True, False])
-@pytest.mark.parametrize(("B", "D", "S", "pairs"), PAIRS)
-def test_preacts_at_equals_its_twin_with_all_gradients(B, D, S, pairs, shifted) -> None:
-    x, W_enc, _, b_enc, b_dec = weights(B, D, S)
-    shift = b_dec if shifted else None
-    p = (x - b_dec if shifted else x) @ W_enc + b_enc
-    upstream = lambda out: torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(9))  # noqa: E731
-    compared = both(
-        lambda t: preacts_at(p, *t, pairs),
-        lambda t: preacts_at_plain(p, *t, pairs),
-        (x, W_enc, b_enc, shift),
-        upstream,
-    )
-    for fast, plain in compared:
-        torch.testing.assert_close(fast, plain)
+def starts_of(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
 
 
-@pytest.mark.parametrize(("B", "D", "S", "pairs"), PAIRS)
-def test_decode_at_equals_its_twin_with_all_gradients(B, D, S, pairs) -> None:
-    x, _, W_dec, _, _ = weights(B, D, S)
-    n = len(pairs.tokens)
-    values = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    compared = both(
-        lambda t: decode_at(*t, pairs), lambda t: decode_at_plain(*t, pairs), (values, W_dec), lambda _: x
-    )
-    for fast, plain in compared:
-        torch.testing.assert_close(fast, plain)
+def pairs(lengths, S, seed=0):
+    """(tokens, latents, starts) of a token each length, its latents drawn with repetition."""
+    tokens = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    latents = torch.randint(S, (len(tokens),), generator=torch.Generator().manual_seed(seed))
+    return tokens, latents, starts_of(lengths)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 12), st.data())
-def test_any_set_of_pairs(B, S, data) -> None:
-    chosen = data.draw(st.lists(st.integers(0, B * S - 1), unique=True, max_size=B * S).map(sorted))
-    flat = torch.tensor(chosen, dtype=torch.long)
-    pairs = Pairs(flat // S, flat % S, B, S)
-    x, _, W_dec, _, _ = weights(B, 3, S)
-    values = torch.ones(len(flat), dtype=torch.float64)
-    for fast, plain in both(
-        lambda t: decode_at(*t, pairs), lambda t: decode_at_plain(*t, pairs), (values, W_dec), lambda _: x
+def first_of_equals(p, bias, k):
+    """The k largest by a stable sort: NaN below everything, of equals the lower latents."""
+    q = p + bias
+    order = torch.where(q.isnan(), -INF, q).sort(dim=1, descending=True, stable=True).indices
+    latents = order[:, :k].sort(dim=1).values
+    return q.gather(1, latents), latents
+
+
+# The k largest of each row
+
+SIZES = st.sampled_from([1, 2, 15, 16, 17, 255, 256, 257, 511, 512, 513, 600, 1030, 2048, 2500])
+
+
+@some
+@given(SIZES, st.sampled_from(DTYPES), st.data())
+def test_top_k_of_any_numbers(S, dtype, data) -> None:
+    k = data.draw(st.sampled_from([1, S, max(1, S // 2)]) | st.integers(1, min(S, 70)))
+    seed = data.draw(st.integers(0, 1000))
+    p = randn(3, S, seed=seed)
+    coarse = data.draw(st.booleans())  # then ties are many
+    p = ((p * 2).round() / 2 if coarse else p).to(dtype)
+    bias = (randn(S, seed=1) * 2).round() if coarse else randn(S, seed=seed + 1)
+    got = kernels.top_k(p, bias, k)
+    for fast, exact in zip(got, first_of_equals(p, bias, k), strict=True):
+        assert torch.equal(fast, exact)
+    with plainly():
+        values, _ = kernels.top_k(p, bias, k)
+    assert torch.equal(got[0].sort(dim=1).values, values.sort(dim=1).values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.0, INF, -INF])
+@pytest.mark.parametrize(("S", "k"), [(7, 3), (16, 16), (700, 1), (700, 50), (700, 700), (9000, 64)])
+def test_of_equal_numbers_the_lower_latents(S, k, value, dtype) -> None:
+    values, latents = kernels.top_k(torch.full((2, S), value, dtype=dtype), torch.zeros(S), k)
+    assert torch.equal(latents, torch.arange(k).expand(2, k))
+    assert torch.equal(values, torch.full((2, k), value))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("S", [20, 2000])
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_infinities_are_numbers(S, k, dtype) -> None:
+    p = randn(4, S).to(dtype)
+    p[0, 1::3] = INF
+    p[1, 1::3] = -INF
+    p[2] = -INF
+    p[2, 7] = 3.0
+    p[3, -1] = INF
+    for fast, exact in zip(
+        kernels.top_k(p, torch.zeros(S), k), first_of_equals(p, torch.zeros(S), k), strict=True
     ):
-        torch.testing.assert_close(fast, plain)
+        assert torch.equal(fast, exact)
 
 
-def test_latents_nobody_chose_get_no_gradient() -> None:
-    x, W_enc, _, b_enc, b_dec = weights(4, 3, 10)
-    pairs = Pairs.of_rows(torch.tensor([[2], [2], [7], [2]]), 10)
-    inputs = leaves(x, W_enc, b_enc, b_dec)
-    p = (x - b_dec) @ W_enc + b_enc
-    g = torch.autograd.grad(preacts_at(p, *inputs, pairs).sum(), inputs[2])[0]
-    assert g.tolist() == [0, 0, 3, 0, 0, 0, 0, 1, 0, 0]
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("S", [20, 2000])
+@pytest.mark.parametrize("share", [0.1, 0.9, 1.0])
+def test_nan_crashes_nothing_and_disturbs_no_other_row(S, share, dtype) -> None:
+    p, bias = randn(5, S).to(dtype), randn(S, seed=1)
+    p[2, torch.rand(S, generator=torch.Generator().manual_seed(2)) < share] = NAN
+    values, latents = kernels.top_k(p, bias, 12)
+    assert 0 <= latents.min() <= latents.max() < S
+    assert (latents.diff(dim=1) > 0).all(), "each latent once"
+    others = torch.tensor([0, 1, 3, 4])
+    for fast, exact in zip((values, latents), first_of_equals(p, bias, 12), strict=True):
+        assert torch.equal(fast[others], exact[others])
+    found, where, starts = kernels.above(p, bias, torch.zeros(S))
+    with plainly():
+        for fast, exact in zip((found, where, starts), kernels.above(p, bias, torch.zeros(S)), strict=True):
+            assert torch.equal(fast, exact)
+    assert not found.isnan().any()
 
 
-def test_gradients_lie_in_memory_as_the_weights_do() -> None:
-    x, W_enc, _, b_enc, b_dec = weights(4, 3, 10)
-    inputs = leaves(x, W_enc, b_enc, b_dec)
-    p = (x - b_dec) @ W_enc + b_enc
-    preacts_at(p, *inputs, Pairs.of_rows(p.topk(2).indices, 10)).sum().backward()
-    assert inputs[1].grad.stride() == W_enc.stride() == (1, 3)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_latent_with_a_bias_of_minus_1e30_is_never_chosen(dtype) -> None:
+    p, bias = randn(6, 1500).to(dtype), torch.zeros(1500)
+    off = torch.rand(1500, generator=torch.Generator().manual_seed(3)) < 0.95
+    bias[off] = -1e30
+    for fast, exact in zip(kernels.top_k(p, bias, 40), first_of_equals(p, bias, 40), strict=True):
+        assert torch.equal(fast, exact)
+    assert not off[kernels.top_k(p, bias, 40)[1]].any()
+    assert not off[kernels.above(p, bias, torch.full((1500,), -1e29))[1]].any()
+
+
+def test_other_layouts_and_numbers_are_taken_by_plain_torch() -> None:
+    bias = randn(30, seed=1)
+    for p in (randn(30, 8).t(), randn(8, 60)[:, :30]):
+        assert torch.equal(kernels.top_k(p, bias, 4)[1], first_of_equals(p, bias, 4)[1])
+    p = randn(8, 30).double()
+    values, latents = kernels.top_k(p, bias.double(), 4)
+    assert values.dtype == torch.float64
+    assert torch.equal(latents, first_of_equals(p, bias.double(), 4)[1])
+
+
+# What exceeds a bound
+
+
+@some
+@given(
+    st.integers(0, 5),
+    SIZES,
+    st.sampled_from(DTYPES),
+    st.sampled_from([-INF, -1e30, -1.0, 0.0, 1.0, 3.0, INF]),
+)
+def test_above_any_bound(B, S, dtype, bound) -> None:
+    p = (randn(B, S, seed=S) * 4).round() / 4  # some lie on the bound, which is not above it
+    bounds = torch.full((S,), bound) if bound != 1.0 else 1.0 + randn(S, seed=2).round()
+    fast, plain = both(kernels.above, p.to(dtype), randn(S, seed=1).round(), bounds)
+    for one, other in zip(fast, plain, strict=True):
+        assert torch.equal(one, other)
+    assert len(fast[2]) == B + 1
+
+
+# The k-th largest
+
+
+@some
+@given(
+    st.lists(
+        st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, INF, -INF]),
+        min_size=1,
+        max_size=70,
+    ),
+    st.data(),
+)
+@example([INF] * 3, None)
+@example([-INF] * 3, None)
+@example([-0.0, 0.0], None)
+@example([2.0**-149, -(2.0**-149), 0.0], None)
+@example([-3.4028234663852886e38, 3.4028234663852886e38], None)
+def test_the_kth_largest_of_any_numbers(numbers, data) -> None:
+    values = torch.tensor(numbers, dtype=torch.float32)
+    for k in [1, len(numbers)] if data is None else [data.draw(st.integers(1, len(numbers)))]:
+        ((fast,), (plain,)) = both(kernels.kth_largest, values, k)
+        assert fast == plain == values.sort(descending=True).values[k - 1]
+
+
+# Sums over pairs
+
+LENGTHS = st.lists(st.integers(0, 4) | st.integers(0, 40), max_size=12)
+WIDTHS = st.integers(1, 40) | st.sampled_from([64, 255, 256, 257, 273, 512, 530])
+
+
+@some
+@given(LENGTHS, st.integers(1, 20))
+def test_pairs_are_sorted_by_latent_and_keep_their_order(lengths, S) -> None:
+    tokens, latents, _ = pairs(lengths, S)
+    fast, plain = both(kernels.by_latent, latents, tokens, S)
+    for one, other in zip(fast, plain, strict=True):
+        assert torch.equal(one, other)
+    order, theirs, starts = fast
+    assert torch.equal(order, latents.argsort(stable=True))
+    assert torch.equal(theirs, tokens[order])
+    assert torch.equal(starts.diff(), latents.bincount(minlength=S))
+
+
+@some
+@given(LENGTHS, WIDTHS)
+def test_segment_sum_of_any_segments(lengths, W) -> None:
+    _, index, starts = pairs(lengths, 9)
+    weights, table = randn(len(index), seed=1), randn(9, W, seed=2)
+    (fast,), (plain,) = both(kernels.segment_sum, index, weights, starts, table)
+    assert fast.shape == (len(lengths), W)
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-4)
+
+
+@some
+@given(LENGTHS, WIDTHS)
+def test_pair_dots_of_any_pairs(lengths, W) -> None:
+    tokens, latents, starts = pairs(lengths, 9)
+    a, b = randn(len(lengths), W, seed=1), randn(9, W, seed=2)
+    (fast,), (plain,) = both(kernels.pair_dots, tokens, latents, starts, a, b)
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-4)
+
+
+@some
+@given(LENGTHS, WIDTHS)
+def test_decode_error_of_any_pairs(lengths, W) -> None:
+    tokens, latents, starts = pairs(lengths, 9)
+    values, rows, rest = randn(len(latents), seed=1), randn(9, W, seed=2), randn(len(lengths), W, seed=3)
+    fast, plain = both(kernels.decode_error, tokens, latents, starts, values, rows, rest)
+    for one, other in zip(fast, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+# Threads
+
+UNEVEN = [3000, *[0] * 50, *range(200), *[1] * 300, 0]
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_the_same_bits_with_any_number_of_threads(n) -> None:
+    tokens, latents, starts = pairs(UNEVEN, 400)
+    B, W = len(UNEVEN), 70
+    assert len(tokens) * W > ENOUGH
+    weights, rows, rest = randn(len(tokens), seed=1), randn(400, W, seed=2), randn(B, W, seed=3)
+    p, bias = randn(200, 9000), randn(9000, seed=1)
+    assert p.numel() > ENOUGH
+    calls = [
+        (kernels.top_k, p, bias, 20),
+        (kernels.top_k, p.bfloat16(), bias, 20),
+        (kernels.above, p, bias, torch.full_like(bias, 2.0)),
+        (kernels.by_latent, latents, tokens, 400),
+        (kernels.segment_sum, latents, weights, starts, rows),
+        (kernels.pair_dots, tokens, latents, starts, rest, rows),
+        (kernels.decode_error, tokens, latents, starts, weights, rows, rest),
+    ]
+    for function, *arguments in calls:
+        with threads(1):
+            one = function(*arguments)
+        with threads(n):
+            several = function(*arguments)
+        with plainly():
+            plain = function(*arguments)
+        for a, b, c in zip(
+            *(r if isinstance(r, tuple) else (r,) for r in (one, several, plain)), strict=True
+        ):
+            assert torch.equal(a, b), function.__name__
+            torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-2)

@@ -181,8 +181,10 @@ def test_a_killed_process_leaves_a_run_to_resume(make: Any, tmp_path: Path) -> N
         "import json, sys, time\nfrom pathlib import Path\n"
         "from saekit.recipe import parse_recipe\n"
         "from saekit.training.language_model import train_language_model\n"
-        "recipe = parse_recipe(json.loads(sys.argv[1]))\n"
-        "train_language_model(recipe, Path(sys.argv[2]), resume=False, report=lambda line: time.sleep(0.2))\n"
+        "recipe, run = parse_recipe(json.loads(sys.argv[1])), Path(sys.argv[2])\n"
+        "def report(line):  # the kill is waited for\n"
+        "    time.sleep(300 if (run / 'step-10').exists() else 0)\n"
+        "train_language_model(recipe, run, resume=False, report=report)\n"
     )
     child = subprocess.Popen([sys.executable, script, recipe.model_dump_json(), run])
     try:

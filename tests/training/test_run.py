@@ -33,7 +33,7 @@ def recipe(tmp_path):
             "data": {"text": str(text), "context_size": 32, "held_out": 0.03},
             "sae": {"architecture": "topk", "d_sae": 96, "k": 8},
             "training": {"tokens": 20 * 128, "batch_size": 128, "lr": 1e-3, "ring": 512, "contexts": 8, "log_every": 3,
-                         "evaluate_tokens": 500, "evaluate_every": 7, "checkpoint_every": 4},
+                         "evaluate_tokens": 200, "evaluate_every": 7, "checkpoint_every": 4},
         }  # fmt: skip
         for key, value in changes.items():
             section, _, name = key.partition("__")
@@ -49,6 +49,31 @@ def recipe(tmp_path):
 def same_weights(a: Path, b: Path) -> bool:
     one, two = SAE.load(a / "final"), SAE.load(b / "final")
     return all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_a_second_run_over_a_cache_calls_no_model_and_ends_with_the_same_bits(
+    recipe, model, tmp_path, monkeypatch
+) -> None:
+    lines = []
+
+    class Told:
+        def line(self, text: str) -> None:
+            lines.append(text)
+
+        def progress(self, *_) -> None: ...
+
+    cache = str(tmp_path / "activations")
+    first = train(recipe(data__cache=cache), model=model, runs=tmp_path / "runs", reporter=Told())
+    assert any(cache in line and "MB" in line for line in lines), "the size is told before it is written"
+
+    def refuse(*_, **__):
+        raise AssertionError("the stream called the model")
+
+    monkeypatch.setattr("saekit.activations.capture", refuse)
+    second = train(recipe(name="second", data__cache=cache), model=model, runs=tmp_path / "runs")
+    assert same_weights(first.path, second.path)
+    wider = recipe(name="wider", data__cache=cache, sae={"architecture": "standard", "d_sae": 128})
+    assert train(wider, model=model, runs=tmp_path / "runs").metrics["l0"] > 0, "another SAE reads it, too"
 
 
 def test_a_run_leaves_what_the_surface_says(recipe, model, tmp_path) -> None:
@@ -126,7 +151,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(recipe, model, tmp_path) 
 
     write_recipe(
         tmp_path / "r.yaml",
-        recipe(training__tokens=400 * 128, training__checkpoint_every=2, training__evaluate_every=None),
+        recipe(training__tokens=4000 * 128, training__checkpoint_every=2, training__evaluate_every=None),
     )
     env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     process = subprocess.Popen(
@@ -143,7 +168,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(recipe, model, tmp_path) 
     newest = checkpoint.newest(path)
     assert newest is not None
     step = int(newest.name.removeprefix("step-"))
-    assert 2 <= step < 400
+    assert 2 <= step < 4000
     short = recipe(
         training__tokens=(step + 3) * 128, training__checkpoint_every=2, training__evaluate_every=None
     )

@@ -178,7 +178,7 @@ def test_a_crosscoder_and_a_transcoder_get_what_their_sites_give(recipe, model) 
     seen = {}
     for member in made.members[-2:]:
         trainee = Trainee(member, dict.fromkeys(made.sites, 256), model, {}, Path())
-        trainee.trainer.step = lambda x, target, name=member.name: seen.update({name: (x, target)})
+        trainee.trainer.step = lambda x, target, part=None, name=member.name: seen.update({name: (x, target)})
         trainee.step(batch)
     assert seen["transcoder"] == (batch[SITE], batch[MLP])
     x, target = seen["crosscoder"]

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from saekit.sae.kernels import Pairs, decode_at, preacts_at
+from saekit.sae import choosing
+from saekit.sae.pairs import At
+from saekit.sae.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from saekit.sae.model import SAE
@@ -32,17 +34,28 @@ class Terms(NamedTuple):
     scale: float  # s
     sparsity: Tensor | float = 0.0  # λ, as warmed up or controlled
     k: int = 0  # latents kept per token
-    dead: Tensor | None = None  # [S] bool where AuxK is to revive latents; None where there are none
+    dead: Tensor | None = None  # [m] the latents that AuxK is to revive; None where there are none
     aux: float = 0.0  # weight of AuxK
     aux_k: int = 1
     bandwidth: float = 0.05  # ε of JumpReLU's estimator, in scaled units
     l0_penalty: Literal["step", "tanh"] = "step"
     tanh_scale: float = 4.0  # c of the tanh penalty
     preact: float = 0.0  # weight of the pre-activation loss
+    dtype: torch.dtype | None = None  # operands of the dense products; None: as the weights are
+    rows: int | None = None  # of the whole batch, of which x may be this process's part; None: x is all of it
+    ranks: Ranks = ALONE  # the processes that share the batch and the latents
+
+    def tokens(self, x: Tensor) -> int:
+        """What means over the batch that x [B, D] belongs to divide by."""
+        return len(x) if self.rows is None else self.rows
 
 
 class Objective(NamedTuple):
-    """What one batch gave. Everything stays a tensor; nothing here waits for the device."""
+    """What one batch gave. Everything stays a tensor; nothing here waits for the device.
+
+    Of processes that share a batch each has its summands of loss, mse, sparsity, aux and l0; of those that share the latents,
+    each its own latents' summands of sparsity and l0, and of the loss the sparsity in it. `variance` is the whole batch's.
+    """
 
     loss: Tensor  # [] to differentiate
     mse: Tensor  # [] mean ‖y − x̂‖², in raw units
@@ -83,42 +96,76 @@ class Architecture:
         raise NotImplementedError
 
 
-def dense_objective(
-    sae: SAE, x: Tensor, y: Tensor, p: Tensor, f: Tensor, sparsity: Tensor, terms: Terms
+def objective(
+    sae: SAE,
+    x: Tensor,
+    y: Tensor,
+    f: Tensor,
+    at: At,
+    terms: Terms,
+    *,
+    sparsity: Tensor | None = None,
 ) -> Objective:
-    """s² mean‖y − x̂‖² + sparsity + AuxK, of latents f [B, S] that were computed densely."""
-    error = y - sae.reconstruct(f, x)
-    mse = error.square().sum(1).mean()
-    loss, aux = terms.scale**2 * mse + sparsity, torch.zeros_like(mse)
+    """s² mean‖y − x̂‖² + sparsity + α s² mean‖e − ê‖² of latents f, which lie `at` pairs or everywhere."""
+    rest = without_affine(sae, x, y, terms)
+    total, error = at.squared_error(f, sae.W_dec, rest)
+    mse, error = total / terms.tokens(x), error.detach()
+    loss, aux = terms.scale**2 * mse, torch.zeros_like(mse)
+    if sparsity is not None:
+        loss = loss + sparsity
     if terms.dead is not None:
-        left = auxk(sae, x, p.detach(), error.detach(), terms.dead, terms.aux_k)
-        aux = terms.scale**2 * left.square().sum(1).mean()
+        aux = terms.scale**2 * auxk(sae, x, error, terms) / terms.tokens(x)
         loss = loss + terms.aux * aux
-    active = f.detach() > 0
+    return report(loss, mse, aux, f, at, error, variance(sae, y, rest, terms), terms, sparsity)
+
+
+def without_affine(sae: SAE, x: Tensor, y: Tensor, terms: Terms) -> Tensor:
+    """[B, E] y less the part of x̂ that no latent carries.
+
+    Of processes that share the latents one differentiates that part, so that their gradients of b_dec and W_skip add up.
+    """
+    affine = sae.affine(x)
+    return y - (affine if terms.ranks.latents.rank == 0 else affine.detach())
+
+
+def report(
+    loss: Tensor,
+    mse: Tensor,
+    aux: Tensor,
+    f: Tensor,
+    at: At,
+    error: Tensor,
+    spread: Tensor,
+    terms: Terms,
+    sparsity: Tensor | None = None,
+) -> Objective:
+    """What a batch gave, as figures without a graph beside the loss."""
+    fires = f.detach() > 0
     return Objective(
         loss=loss,
         mse=mse.detach(),
-        variance=variance(y),
-        sparsity=sparsity.detach(),
+        variance=spread,
+        sparsity=torch.zeros_like(spread) if sparsity is None else sparsity.detach(),
         aux=aux.detach(),
-        l0=active.sum() / len(x),
-        fired=active.any(0),
-        error=error.detach(),
+        l0=fires.sum() / terms.tokens(error),
+        fired=at.fired(fires),
+        error=error,
     )
 
 
-def auxk(sae: SAE, x: Tensor, p: Tensor, error: Tensor, dead: Tensor, aux_k: int) -> Tensor:
-    """e − ê [B, E]: what is left of the error when the aux_k largest dead latents of each token reconstruct it.
+def auxk(sae: SAE, x: Tensor, error: Tensor, terms: Terms) -> Tensor:
+    """Σ‖e − ê‖²: what is left of the error when the aux_k largest dead latents of each token reconstruct it.
 
-    AuxK, Gao 2024, section A.2. x [B, D], p [B, S] and error [B, E] without a graph; dead [S] bool, not all false.
+    AuxK, Gao 2024, section A.2. x [B, D] and error [B, E] without a graph.
     """
-    dead_latents = dead.nonzero().squeeze(1)
-    chosen = p[:, dead_latents].topk(min(aux_k, len(dead_latents)), dim=1, sorted=False).indices
-    pairs = Pairs.of_rows(dead_latents[chosen], sae.d_sae)
-    f = preacts_at(p, x, sae.W_enc, sae.encoder_bias, sae.shift, pairs).relu()
-    return error - decode_at(f, sae.W_dec, pairs)
+    assert terms.dead is not None
+    pairs, p = choosing.at_latents(sae, x, terms.dead, terms.aux_k, terms.ranks)
+    return pairs.squared_error(p.relu(), sae.W_dec, error)[0]
 
 
-def variance(y: Tensor) -> Tensor:
-    """mean ‖y − ȳ‖² about the batch mean."""
-    return (y - y.mean(0)).square().sum(1).mean()
+def variance(sae: SAE, y: Tensor, rest: Tensor, terms: Terms) -> Tensor:
+    """mean ‖y − ȳ‖² about the batch mean, from squares about b_dec, which lies near the mean."""
+    centred = (y - sae.b_dec if sae.config.skip else rest).detach()
+    squares, sums = (terms.ranks.data.sum(part) for part in (centred.square().sum(), centred.sum(0)))
+    rows = terms.tokens(y)
+    return (squares / rows - (sums / rows).square().sum()).clamp_min(0)

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from saekit.sae.architectures.base import ALL, Architecture
+from saekit.sae import choosing
+from saekit.sae.architectures.base import ALL, Architecture, Terms
 from saekit.sae.architectures.topk import TopK
-from saekit.sae.kernels import Pairs
+from saekit.sae.pairs import Pairs
 
 if TYPE_CHECKING:
     from saekit.sae.model import SAE
@@ -33,25 +33,5 @@ class BatchTopK(TopK):
     def active(self, sae: SAE, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return Architecture.active(self, sae, p)
 
-    def choose(self, p: Tensor, k: int) -> Pairs:
-        tokens, latents = largest_of_batch(p, k * len(p))
-        return Pairs(tokens, latents, len(p), p.shape[1])
-
-
-def largest_of_batch(p: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """(tokens, latents) of the n largest entries of p [B, S], sorted by token and latent.
-
-    Few tokens take more than a few times the average, so each row gives only its largest as candidates; if one row's
-    candidates are all chosen, it might have had more, and the whole matrix is searched.
-    """
-    B, S = p.shape
-    candidates = min(S, 4 * -(-n // B) + 16)
-    values, latents = p.topk(candidates, dim=1, sorted=False)
-    chosen = values.flatten().topk(n, sorted=False).indices
-    taken = torch.bincount(chosen // candidates, minlength=B)
-    if candidates < S and bool((taken == candidates).any()):
-        flat = p.flatten().topk(n, sorted=False).indices
-    else:
-        flat = chosen // candidates * S + latents.flatten()[chosen]
-    flat = flat.sort().values
-    return flat // S, flat % S
+    def choose(self, sae: SAE, x: Tensor, terms: Terms) -> tuple[Pairs, Tensor]:
+        return choosing.largest(sae, x, terms.k * terms.tokens(x), terms.dtype or x.dtype, terms.ranks)

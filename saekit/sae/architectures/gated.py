@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
-from saekit.sae.architectures.base import ALL, Architecture, Objective, Terms, dense_objective
+from saekit.sae import choosing
+from saekit.sae.architectures.base import ALL, Architecture, Objective, Terms, objective
 
 if TYPE_CHECKING:
     from saekit.sae.model import SAE
@@ -34,10 +36,12 @@ class Gated(Architecture):
         return (p > 0) * magnitude.relu()
 
     def objective(self, sae: SAE, x: Tensor, y: Tensor, terms: Terms) -> Objective:
-        p = sae.preactivations(x)
+        at, p = choosing.above(sae, x, torch.zeros_like(sae.b_gate), terms.dtype or x.dtype, terms.ranks)
         gate = p.relu()
-        sparsity = terms.sparsity * terms.scale * (gate @ sae.decoder_norms().detach()).mean()
-        found = dense_objective(sae, x, y, p, self.activate(sae, p), sparsity, terms)
-        via_gate = gate @ sae.W_dec.detach() + sae.affine(x).detach()
-        aux = terms.scale**2 * (y - via_gate).square().sum(1).mean()
-        return found._replace(loss=found.loss + aux, aux=found.aux + aux.detach())
+        magnitude = at.of(sae.r_mag.exp()) * (p - at.of(sae.b_gate)) + at.of(sae.b_mag)
+        norms = sae.decoder_norms().detach()
+        sparsity = terms.sparsity * terms.scale * at.total(gate, norms) / terms.tokens(x)
+        found = objective(sae, x, y, (p > 0) * magnitude.relu(), at, terms, sparsity=sparsity)
+        rest = y - sae.affine(x).detach()
+        via_gate = terms.scale**2 * at.squared_error(gate, sae.W_dec.detach(), rest)[0] / terms.tokens(x)
+        return found._replace(loss=found.loss + via_gate, aux=found.aux + via_gate.detach())

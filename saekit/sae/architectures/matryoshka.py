@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from saekit.sae.architectures.batchtopk import BatchTopK
-from saekit.sae.kernels import Pairs, decode_at
+from saekit.sae.pairs import Pairs
 
 if TYPE_CHECKING:
     from saekit.sae.model import SAE
@@ -24,11 +24,11 @@ class Matryoshka(BatchTopK):
     name = "matryoshka"
     decoder = "free"  # unlike the paper's; LOG.md, November 2026
 
-    def reconstructions(self, sae: SAE, f: Tensor, pairs: Pairs) -> list[Tensor]:
+    def squared_errors(self, sae: SAE, f: Tensor, pairs: Pairs, rest: Tensor) -> tuple[list[Tensor], Tensor]:
         assert sae.prefixes is not None
-        sums: list[Tensor] = []
+        totals: list[Tensor] = []
         for start, end in zip((0, *sae.prefixes), sae.prefixes, strict=False):
-            here = (pairs.latents >= start) & (pairs.latents < end)
-            part = decode_at(f[here], sae.W_dec, pairs.where(here))
-            sums.append(sums[-1] + part if sums else part)
-        return sums
+            here = pairs.before(end) & ~pairs.before(start)
+            total, rest = pairs.where(here).squared_error(f[here], sae.W_dec, rest)
+            totals.append(total)
+        return totals, rest

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from saekit.sae.architectures.base import ALL, Architecture, Objective, Terms, dense_objective
+from saekit.sae import choosing
+from saekit.sae.architectures.base import ALL, Architecture, Objective, Terms, objective
 
 if TYPE_CHECKING:
     from saekit.sae.model import SAE
@@ -27,7 +29,7 @@ class Standard(Architecture):
         return p.relu()
 
     def objective(self, sae: SAE, x: Tensor, y: Tensor, terms: Terms) -> Objective:
-        p = sae.preactivations(x)
+        at, p = choosing.above(sae, x, torch.zeros_like(sae.b_enc), terms.dtype or x.dtype, terms.ranks)
         f = p.relu()
-        sparsity = terms.sparsity * terms.scale * (f @ sae.decoder_norms()).mean()
-        return dense_objective(sae, x, y, p, f, sparsity, terms)
+        sparsity = terms.sparsity * terms.scale * at.total(f, sae.decoder_norms()) / terms.tokens(x)
+        return objective(sae, x, y, f, at, terms, sparsity=sparsity)

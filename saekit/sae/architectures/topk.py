@@ -7,7 +7,8 @@
 
 e = y − x̂ is what the live latents leave over, ê its reconstruction by the aux_k largest dead ones (AuxK). The factor
 before the paper's loss is one number for all batches but for noise; it gives the gradient the size that the other
-architectures' have, so that clipping it at one norm means the same. The decoder rows have norm 1. Only the chosen pairs of token and latent are ever differentiated (`sae.kernels`).
+architectures' have, so that clipping it at one norm means the same. The decoder rows have norm 1. Only the chosen pairs
+of token and latent are ever differentiated (`sae.pairs`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from saekit.sae import choosing
 from saekit.sae.architectures.base import (
     ALL,
     Architecture,
@@ -25,9 +27,11 @@ from saekit.sae.architectures.base import (
     Objective,
     Terms,
     auxk,
+    report,
     variance,
+    without_affine,
 )
-from saekit.sae.kernels import Pairs, decode_at, preacts_at
+from saekit.sae.pairs import Pairs
 
 if TYPE_CHECKING:
     from saekit.sae.model import SAE
@@ -51,38 +55,30 @@ class TopK(Architecture):
         tokens, slots = (values > 0).nonzero(as_tuple=True)
         return tokens, latents[tokens, slots], values[tokens, slots]
 
-    def choose(self, p: Tensor, k: int) -> Pairs:
-        """The pairs that may fire, of pre-activations p [B, S]."""
-        return Pairs.of_rows(p.topk(k, dim=1, sorted=False).indices, p.shape[1])
+    def choose(self, sae: SAE, x: Tensor, terms: Terms) -> tuple[Pairs, Tensor]:
+        """The pairs that may fire on x [B, D], and their pre-activations [n]."""
+        return choosing.top_k(sae, x, terms.k, terms.dtype or x.dtype, terms.ranks)
 
-    def reconstructions(self, sae: SAE, f: Tensor, pairs: Pairs) -> list[Tensor]:
-        """What the loss compares with y, each [B, E] without b_dec and skip; the last one is the whole."""
-        return [decode_at(f, sae.W_dec, pairs)]
+    def squared_errors(self, sae: SAE, f: Tensor, pairs: Pairs, rest: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Σ‖e‖² of each reconstruction that the loss compares with y, and the error [B, E] of the whole."""
+        total, error = pairs.squared_error(f, sae.W_dec, rest)
+        return [total], error
 
     def objective(self, sae: SAE, x: Tensor, y: Tensor, terms: Terms) -> Objective:
-        with torch.no_grad():
-            p = sae.fused_preactivations(x)
-        pairs = self.choose(p, terms.k)
-        f = preacts_at(p, x, sae.W_enc, sae.encoder_bias, sae.shift, pairs).relu()
-        rest = y - sae.affine(x)
-        errors = [rest - part for part in self.reconstructions(sae, f, pairs)]
-        error, spread = errors[-1], variance(y)
-        loss = torch.stack([e.square().sum(1).mean() for e in errors]).sum() / spread
-        aux = torch.zeros_like(spread)
+        pairs, p = self.choose(sae, x, terms)
+        f = p.relu()
+        rest = without_affine(sae, x, y, terms)
+        totals, error = self.squared_errors(sae, f, pairs, rest)
+        error, spread, rows = error.detach(), variance(sae, y, rest, terms), terms.tokens(x)
+        loss = terms.scale**2 * sum(totals[1:], totals[0]) / rows
+        mse, aux = totals[-1] / rows, torch.zeros_like(spread)
         if terms.dead is not None:
-            left = auxk(sae, x, p, error.detach(), terms.dead, terms.aux_k).square().sum()
-            aux = left / error.detach().square().sum().clamp_min(torch.finfo(x.dtype).tiny)
-            loss = loss + terms.aux * aux
-        fires = f.detach() > 0
-        fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device)
-        return Objective(
-            loss=loss * (terms.scale**2 * spread),
-            mse=error.detach().square().sum(1).mean(),
-            variance=spread,
-            sparsity=torch.zeros_like(spread),
-            aux=aux.detach(),
-            l0=fires.sum() / len(x),
-            fired=fired.index_put_((pairs.latents[fires],), torch.ones_like(fired[:1])),
-            error=error.detach(),
-            smallest=torch.where(fires, f.detach(), torch.inf).min(),
+            left = terms.ranks.data.sum(error.square().sum()).clamp_min(torch.finfo(x.dtype).tiny)
+            aux = auxk(sae, x, error, terms) / left
+            loss = loss + terms.scale**2 * spread * terms.aux * aux
+        found = report(loss, mse, aux, f, pairs, error, spread, terms)
+        values = f.detach()
+        smallest = (
+            torch.where(values > 0, values, torch.inf).amin() if len(values) else values.new_tensor(torch.inf)
         )
+        return found._replace(smallest=smallest)

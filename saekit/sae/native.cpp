@@ -1,0 +1,317 @@
+// The sparse work of a training step on a CPU. Each function has a plain-torch twin in kernels.py, which is what runs where
+// no compiler is found, and which the tests hold it against. Rows are split over threads; no result depends on the split.
+//
+// B tokens, S = d_sae, W a row's width, n chosen (token, latent) pairs.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef int64_t i64;
+typedef uint16_t bf16;
+typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
+
+constexpr int LANES = 16, UNROLL = 16, PANEL = LANES * UNROLL;  // columns summed in registers at a time
+constexpr i64 LEAST_WORK = 1 << 15;                            // multiply-adds that are worth a thread
+
+inline float widened(float x) { return x; }
+inline float widened(bf16 x) {
+  uint32_t bits = uint32_t(x) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+inline f32x16 load(const float* p) { return *reinterpret_cast<const f32x16*>(p); }
+inline void store(float* p, f32x16 v) { *reinterpret_cast<f32x16*>(p) = v; }
+inline f32x16 load(const bf16* p) {
+  return (f32x16)(__builtin_convertvector(*reinterpret_cast<const u16x16*>(p), u32x16) << 16);
+}
+
+// f(begin, end) over parts of [0, n), one part a thread.
+template <class F>
+void split(i64 n, i64 work, int threads, F f) {
+  i64 parts = std::min<i64>({threads, n, std::max<i64>(1, work / LEAST_WORK)});
+  if (parts <= 1) return f(i64(0), n);
+  std::vector<std::thread> others;
+  for (i64 i = 1; i < parts; ++i) others.emplace_back(f, n * i / parts, n * (i + 1) / parts);
+  f(i64(0), n / parts);
+  for (auto& other : others) other.join();
+}
+
+// Like split, in parts of equal numbers of pairs where segment j holds pairs starts[j] … starts[j + 1].
+template <class F>
+void split_segments(const i64* starts, i64 m, i64 width, int threads, F f) {
+  i64 n = starts[m] - starts[0];
+  auto at = [&](i64 pair) { return std::lower_bound(starts, starts + m, pair) - starts; };
+  i64 parts = std::max<i64>(1, std::min<i64>({threads, m, n * width / LEAST_WORK}));
+  split(parts, parts * LEAST_WORK, threads, [&](i64 begin, i64 end) {
+    for (i64 part = begin; part < end; ++part)
+      f(part ? at(starts[0] + n * part / parts) : 0, part + 1 < parts ? at(starts[0] + n * (part + 1) / parts) : m);
+  });
+}
+
+// The float of a key: unsigned integers in the order of the floats.
+inline float unkey(uint32_t k) {
+  uint32_t bits = k & 0x80000000u ? k & 0x7fffffffu : ~k;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+// The k-th largest of n ≥ k values: bit by bit, the largest key that k values reach. NaN counts as below everything.
+// Fewer bits give a bound that at least k values reach.
+float kth_largest(const float* values, i64 n, i64 k, int bits = 32) {
+  uint32_t found = 0;
+  for (int bit = 31; bit >= 32 - bits; --bit) {
+    uint32_t tried = found | (1u << bit);
+    float bound = unkey(tried);
+    if (std::isnan(bound)) continue;  // keys beyond the infinities
+    int32_t reached = 0;
+    for (i64 i = 0; i < n; ++i) reached += values[i] >= bound;
+    if (reached >= k) found = tried;
+  }
+  float bound = unkey(found);
+  return std::isnan(bound) ? -std::numeric_limits<float>::infinity() : bound;
+}
+
+// Where p + bias reaches (or exceeds) a bound: positions to `where`, values to `values` → how many.
+struct Reach { static bool holds(float v, float b) { return v >= b; } };
+struct Exceed { static bool holds(float v, float b) { return v > b; } };
+
+template <class Test, class T, bool PER_LATENT>
+i64 collect(const T* p, const float* bias, const float* bounds, i64 S, int32_t* where, float* values) {
+  i64 count = 0, i = 0;
+#ifdef __AVX512F__
+  constexpr int op = std::is_same<Test, Reach>::value ? _CMP_GE_OQ : _CMP_GT_OQ;
+  __m512 bound = _mm512_set1_ps(bounds[0]);
+  __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (; i + LANES <= S; i += LANES) {
+    __m512 v = (__m512)(load(p + i) + load(bias + i));
+    if (PER_LATENT) bound = _mm512_loadu_ps(bounds + i);
+    __mmask16 mask = _mm512_cmp_ps_mask(v, bound, op);
+    if (mask == 0) continue;
+    if (where) {
+      _mm512_mask_compressstoreu_epi32(where + count, mask, _mm512_add_epi32(lanes, _mm512_set1_epi32(int(i))));
+      _mm512_mask_compressstoreu_ps(values + count, mask, v);
+    }
+    count += __builtin_popcount(mask);
+  }
+#endif
+  for (; i < S; ++i) {
+    float v = widened(p[i]) + bias[i];
+    if (!Test::holds(v, bounds[PER_LATENT ? i : 0])) continue;
+    if (where) where[count] = int32_t(i), values[count] = v;
+    ++count;
+  }
+  return count;
+}
+
+// The k largest of p + bias of each row, by ascending latent; of equals the lower latent.
+//
+// A bound first: of some interleaved groups take the maxima; k of them reach their k-th largest, so at least k entries do.
+// What reaches it is little more than k, and is then cut exactly.
+template <class T>
+void top_k(const T* p, i64 stride, const float* bias, i64 B, i64 S, i64 k, float* values, i64* latents, int threads) {
+  i64 groups = 256;
+  while (groups < 4 * k) groups *= 2;
+  split(B, B * S, threads, [=](i64 begin, i64 end) {
+    std::vector<float> found(S + LANES), maxima(groups);
+    std::vector<int32_t> where(S + LANES);
+    for (i64 b = begin; b < end; ++b) {
+      const T* row = p + b * stride;
+      float bound = -std::numeric_limits<float>::infinity();
+      if (S >= 2 * groups) {
+        std::fill(maxima.begin(), maxima.end(), bound);
+        for (i64 i = 0; i + groups <= S; i += groups)
+          for (i64 g = 0; g < groups; g += LANES) {
+            f32x16 v = load(row + i + g) + load(bias + i + g), most = load(maxima.data() + g);
+            store(maxima.data() + g, v > most ? v : most);
+          }
+        bound = kth_largest(maxima.data(), groups, k, 16);
+      }
+      i64 count = collect<Reach, T, false>(row, bias, &bound, S, where.data(), found.data());
+      float* out = values + b * k;
+      i64* out_latents = latents + b * k;
+      if (count < k) {  // NaN: the loss will say so
+        for (i64 j = 0; j < k; ++j) out_latents[j] = j, out[j] = widened(row[j]) + bias[j];
+        continue;
+      }
+      float last = kth_largest(found.data(), count, k);
+      i64 above = 0, at = 0;
+      for (i64 j = 0; j < count; ++j) above += found[j] > last;
+      i64 ties = k - above;
+      for (i64 j = 0; j < count && at < k; ++j)
+        if (found[j] > last || (found[j] == last && ties-- > 0)) out[at] = found[j], out_latents[at++] = where[j];
+    }
+  });
+}
+
+// How many entries of p + bias exceed their latent's bound, row by row; then, in a second call, which and what.
+template <class T>
+void above(const T* p, i64 stride, const float* bias, const float* bounds, i64 B, i64 S, i64* counts,
+           const i64* starts, float* values, i64* latents, int threads) {
+  split(B, B * S, threads, [=](i64 begin, i64 end) {
+    std::vector<float> found(starts ? S + LANES : 0);
+    std::vector<int32_t> where(starts ? S + LANES : 0);
+    for (i64 b = begin; b < end; ++b) {
+      i64 n = collect<Exceed, T, true>(p + b * stride, bias, bounds, S, starts ? where.data() : nullptr, found.data());
+      if (!starts) { counts[b] = n; continue; }
+      std::copy(found.data(), found.data() + n, values + starts[b]);
+      std::copy(where.data(), where.data() + n, latents + starts[b]);
+    }
+  });
+}
+
+// row = Σ weights[i] · table[index[i]] over the pairs i from begin to end.
+void weighted_rows(const i64* index, const float* weights, i64 begin, i64 end, const float* table, i64 W, float* row) {
+  i64 column = 0;
+  for (; column + PANEL <= W; column += PANEL) {
+    f32x16 sum[UNROLL] = {};
+    for (i64 i = begin; i < end; ++i) {
+      const float* from = table + index[i] * W + column;
+      f32x16 weight = weights[i] - f32x16{};
+#pragma GCC unroll 16
+      for (int u = 0; u < UNROLL; ++u) sum[u] += weight * load(from + u * LANES);
+    }
+#pragma GCC unroll 16
+    for (int u = 0; u < UNROLL; ++u) store(row + column + u * LANES, sum[u]);
+  }
+  for (; column + LANES <= W; column += LANES) {
+    f32x16 sum = {};
+    for (i64 i = begin; i < end; ++i) sum += weights[i] * load(table + index[i] * W + column);
+    store(row + column, sum);
+  }
+  for (; column < W; ++column) {
+    float sum = 0;
+    for (i64 i = begin; i < end; ++i) sum += weights[i] * table[index[i] * W + column];
+    row[column] = sum;
+  }
+}
+
+inline float total(f32x16 v) {
+  float sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += v[lane];
+  return sum;
+}
+
+inline float dot(const float* a, const float* b, i64 W) {
+  f32x16 sums[4] = {};
+  i64 column = 0;
+  for (; column + 4 * LANES <= W; column += 4 * LANES)
+    for (int u = 0; u < 4; ++u) sums[u] += load(a + column + u * LANES) * load(b + column + u * LANES);
+  for (; column + LANES <= W; column += LANES) sums[0] += load(a + column) * load(b + column);
+  float sum = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; column < W; ++column) sum += a[column] * b[column];
+  return sum;
+}
+
+}  // namespace
+
+extern "C" {
+
+void top_k_f32(const float* p, i64 stride, const float* bias, i64 B, i64 S, i64 k, float* values, i64* latents, int threads) {
+  top_k(p, stride, bias, B, S, k, values, latents, threads);
+}
+void top_k_bf16(const bf16* p, i64 stride, const float* bias, i64 B, i64 S, i64 k, float* values, i64* latents, int threads) {
+  top_k(p, stride, bias, B, S, k, values, latents, threads);
+}
+void above_f32(const float* p, i64 stride, const float* bias, const float* bounds, i64 B, i64 S, i64* counts,
+               const i64* starts, float* values, i64* latents, int threads) {
+  above(p, stride, bias, bounds, B, S, counts, starts, values, latents, threads);
+}
+void above_bf16(const bf16* p, i64 stride, const float* bias, const float* bounds, i64 B, i64 S, i64* counts,
+                const i64* starts, float* values, i64* latents, int threads) {
+  above(p, stride, bias, bounds, B, S, counts, starts, values, latents, threads);
+}
+// out[j] = Σ over the pairs i of segment j of weights[i] · table[index[i]].
+void segment_sum(const i64* index, const float* weights, const i64* starts, i64 m, const float* table, i64 W, float* out,
+                 int threads) {
+  split_segments(starts, m, W, threads, [=](i64 begin, i64 end) {
+    for (i64 j = begin; j < end; ++j) weighted_rows(index, weights, starts[j], starts[j + 1], table, W, out + j * W);
+  });
+}
+
+// out[i] = a[t] · b[index[i]] for the pairs i of each token t.
+void pair_dots(const i64* index, const i64* starts, i64 B, const float* a, const float* b, i64 W, float* out, int threads) {
+  split_segments(starts, B, W, threads, [=](i64 begin, i64 end) {
+    for (i64 t = begin; t < end; ++t)
+      for (i64 i = starts[t]; i < starts[t + 1]; ++i) out[i] = dot(a + t * W, b + index[i] * W, W);
+  });
+}
+
+// error[t] = rest[t] − Σ weights[i] · table[index[i]], its square sum, and its dot with each of those rows, which are then
+// still in cache.
+void decode_error(const i64* index, const float* weights, const i64* starts, i64 B, const float* table, i64 W,
+                  const float* rest, float* error, float* squares, float* dots, int threads) {
+  split_segments(starts, B, 2 * W, threads, [=](i64 begin, i64 end) {
+    for (i64 t = begin; t < end; ++t) {
+      float* row = error + t * W;
+      weighted_rows(index, weights, starts[t], starts[t + 1], table, W, row);
+      for (i64 column = 0; column < W; ++column) row[column] = rest[t * W + column] - row[column];
+      squares[t] = dot(row, row, W);
+      for (i64 i = starts[t]; i < starts[t + 1]; ++i) dots[i] = dot(row, table + index[i] * W, W);
+    }
+  });
+}
+
+void kth_largest_of(const float* values, i64 n, i64 k, float* out, int) { *out = kth_largest(values, n, k); }
+
+// Stable counting sort of pairs by latent: order [n], tokens in that order [n], and where each latent starts [S + 1].
+void by_latent(const i64* latents, const i64* tokens, i64 n, i64 S, i64* order, i64* sorted_tokens, i64* starts,
+               int) {
+  std::fill(starts, starts + S + 1, 0);
+  for (i64 i = 0; i < n; ++i) ++starts[latents[i] + 1];
+  for (i64 s = 0; s < S; ++s) starts[s + 1] += starts[s];
+  std::vector<i64> next(starts, starts + S);
+  for (i64 i = 0; i < n; ++i) {
+    i64 at = next[latents[i]]++;
+    order[at] = i;
+    sorted_tokens[at] = tokens[i];
+  }
+}
+
+// Of each row: grad · grad, and, where rows are to keep their norm, grad · row and row · row.
+void row_products(const float* rows, const float* grad, i64 S, i64 W, float* gg, float* gr, float* rr, int threads) {
+  split(S, S * W, threads, [=](i64 begin, i64 end) {
+    for (i64 s = begin; s < end; ++s) {
+      gg[s] = dot(grad + s * W, grad + s * W, W);
+      if (gr) gr[s] = dot(grad + s * W, rows + s * W, W), rr[s] = dot(rows + s * W, rows + s * W, W);
+    }
+  });
+}
+
+// Adam on each row, in one pass: factor · (grad − along[s] · row), the update, and the row back to norm `norm` if > 0.
+void adam_rows(float* rows, const float* grad, float* mean, float* square, const float* along, i64 S, i64 W, float factor,
+               float mean_share, float square_share, float step, float root_correction, float eps, float norm, int threads) {
+  split(S, S * W, threads, [=](i64 begin, i64 end) {
+    for (i64 s = begin; s < end; ++s) {
+      float* row = rows + s * W;
+      float *m = mean + s * W, *v = square + s * W;
+      const float* g = grad + s * W;
+      float off = along ? along[s] : 0.0f, length = 0;
+      for (i64 i = 0; i < W; ++i) {
+        float gradient = factor * (g[i] - off * row[i]);
+        m[i] += mean_share * (gradient - m[i]);
+        v[i] += square_share * (gradient * gradient - v[i]);
+        row[i] -= step * m[i] / (std::sqrt(v[i]) / root_correction + eps);
+      }
+      if (norm > 0) {
+        length = norm / std::sqrt(dot(row, row, W));
+        for (i64 i = 0; i < W; ++i) row[i] *= length;
+      }
+    }
+  });
+}
+
+}  // extern "C"
