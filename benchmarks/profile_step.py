@@ -55,8 +55,8 @@ class Stage(NamedTuple):
 STAGES = [
     Stage(
         "encode: dense product",
-        choosing.F,
-        "linear",
+        choosing.torch,
+        "mm",
         lambda s: 2 * s.B * s.D * s.S,
         lambda s: s.operand * (s.B * s.D + s.D * s.S),
     ),
@@ -148,7 +148,7 @@ def main() -> None:
     for stage in STAGES:
         if not any(spent[stage.label]):
             continue
-        rate = rates[operand] if stage.owner is choosing.F else rates[torch.float32]
+        rate = rates[operand] if stage.owner is choosing.torch else rates[torch.float32]
         floor = max(stage.flop(shape) / rate / 1e9, stage.bytes(shape) / (2 * copied) / 1e9)
         rows.append([stage.label, *_milliseconds(spent[stage.label]), f"{1e3 * floor:.1f}"])
     rest = [w - sum(times[i] for times in spent.values()) for i, w in enumerate(whole)]

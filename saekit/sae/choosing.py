@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saekit.sae import kernels
+from saekit.sae import kernels, memory
 from saekit.sae.pairs import At, Grid, Pairs
 from saekit.sae.ranks import ALONE, Ranks
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from saekit.sae.model import SAE
 
 TILE = 512  # tokens: fewer make the product slower, more no longer fit the cache
-DENSE = 1 / 8  # share of all pairs from which dense products win over sums over pairs (LOG.md, November 2026)
+DENSE = 1 / 6  # share of all pairs from which dense products win over sums over pairs (LOG.md, November 2026)
 SAMPLE, MARGIN = 64, 1.5  # BatchTopK: tokens that say where to cut, and pairs to collect for each one wanted
 
 
@@ -77,13 +77,15 @@ def above(sae: SAE, x: Tensor, bounds: Tensor, dtype: torch.dtype, ranks: Ranks 
     return _with_graph(sae, shifted, values, Pairs(latents, starts, len(bias), ranks))
 
 
-def at_latents(sae: SAE, x: Tensor, latents: Tensor, k: int, ranks: Ranks = ALONE) -> tuple[Pairs, Tensor]:
+def at_latents(
+    sae: SAE, x: Tensor, latents: Tensor, k: int, dtype: torch.dtype, ranks: Ranks = ALONE
+) -> tuple[Pairs, Tensor]:
     """The k largest (or all) of each token's pre-activations at some latents [m] → pairs, and p [B · k] with a graph."""
-    shifted, rows = _shifted(sae, x), sae.W_enc.detach().t()[latents]
-    p = torch.addmm(sae.encoder_bias.detach()[latents], shifted, rows.t())
-    found = p.topk(min(k, len(latents)), dim=1, sorted=False)
-    pairs = Pairs.of_rows(latents[found.indices], len(sae.encoder_bias), ranks)
-    return _of_all(sae, shifted, found.values, pairs, k)
+    shifted, bias = _shifted(sae, x), sae.encoder_bias.detach()[latents]
+    own = min(k, len(latents))
+    found = [kernels.top_k(tile, bias, own) for tile in _tiles(sae, shifted, dtype, latents)]
+    values, chosen = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return _of_all(sae, shifted, values, Pairs.of_rows(latents[chosen], len(sae.encoder_bias), ranks), k)
 
 
 def _shifted(sae: SAE, x: Tensor) -> Tensor:
@@ -95,11 +97,24 @@ def _with_graph(sae: SAE, shifted: Tensor, values: Tensor, pairs: Pairs) -> tupl
 
 
 @torch.no_grad()
-def _tiles(sae: SAE, shifted: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Products with the encoder, without its bias: [T, S] in `dtype`, a tile of tokens at a time."""
-    rows = sae.W_enc.t().to(dtype)
-    for tile in shifted.to(dtype).split(len(shifted) if shifted.is_cuda else TILE):
-        yield F.linear(tile, rows)
+def _tiles(sae: SAE, shifted: Tensor, dtype: torch.dtype, latents: Tensor | None = None) -> Iterator[Tensor]:
+    """Products with the encoder (at some latents [m]), without its bias: [T, S or m] in `dtype`, a tile of tokens at a time.
+
+    The next tile overwrites the last one.
+    """
+    rows = sae.W_enc.t() if latents is None else sae.W_enc.t()[latents]
+    operand = rows
+    if rows.dtype != dtype:
+        operand = memory.take(tuple(rows.shape), dtype, rows.device).copy_(rows)
+    tokens = len(shifted) if shifted.is_cuda else min(TILE, len(shifted))
+    out = memory.take((tokens, len(rows)), dtype, rows.device)
+    try:
+        for tile in shifted.to(dtype).split(max(1, tokens)):
+            yield torch.mm(tile, operand.t(), out=out[: len(tile)])
+    finally:
+        memory.give(out)
+        if operand is not rows:
+            memory.give(operand)
 
 
 def _joined(found: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

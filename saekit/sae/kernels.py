@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._triton import has_triton
 
-from saekit.sae import native
+from saekit.sae import memory, native
 
 
 def top_k(p: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ def by_latent(latents: Tensor, tokens: Tensor, d_sae: int) -> tuple[Tensor, Tens
 def segment_sum(index: Tensor, weights: Tensor, starts: Tensor, table: Tensor) -> Tensor:
     """Σ over each segment of weights[i] · table[index[i]]: index, weights [n], starts [m + 1], table [R, W] → [m, W]."""
     if native.usable(index, weights, starts, table):
-        out = table.new_empty(len(starts) - 1, table.shape[1])
+        out = memory.take((len(starts) - 1, table.shape[1]), table.dtype, table.device)
         native.call("segment_sum", index, weights, starts, len(starts) - 1, table, table.shape[1], out)
         return out
     if triton := _triton(weights, table):

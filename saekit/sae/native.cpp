@@ -38,15 +38,21 @@ inline f32x16 load(const bf16* p) {
   return (f32x16)(__builtin_convertvector(*reinterpret_cast<const u16x16*>(p), u32x16) << 16);
 }
 
-// f(begin, end) over parts of [0, n), one part a thread.
+// f(begin, end) over parts of [0, n), one part a thread: torch's own threads where they are OpenMP's, which otherwise spin
+// for the next product on the processors that are wanted here.
 template <class F>
 void split(i64 n, i64 work, int threads, F f) {
   i64 parts = std::min<i64>({threads, n, std::max<i64>(1, work / LEAST_WORK)});
   if (parts <= 1) return f(i64(0), n);
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+  for (i64 i = 0; i < parts; ++i) f(n * i / parts, n * (i + 1) / parts);
+#else
   std::vector<std::thread> others;
   for (i64 i = 1; i < parts; ++i) others.emplace_back(f, n * i / parts, n * (i + 1) / parts);
   f(i64(0), n / parts);
   for (auto& other : others) other.join();
+#endif
 }
 
 // Like split, in parts of equal numbers of pairs where segment j holds pairs starts[j] … starts[j + 1].
@@ -102,8 +108,10 @@ i64 collect(const T* p, const float* bias, const float* bounds, i64 S, int32_t* 
     __mmask16 mask = _mm512_cmp_ps_mask(v, bound, op);
     if (mask == 0) continue;
     if (where) {
-      _mm512_mask_compressstoreu_epi32(where + count, mask, _mm512_add_epi32(lanes, _mm512_set1_epi32(int(i))));
-      _mm512_mask_compressstoreu_ps(values + count, mask, v);
+      // Compressed in a register and stored whole, past the end too: storing what is compressed is slow on some processors.
+      __m512i at = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(i)));
+      _mm512_storeu_si512(where + count, _mm512_maskz_compress_epi32(mask, at));
+      _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(mask, v));
     }
     count += __builtin_popcount(mask);
   }

@@ -75,7 +75,7 @@ def _built() -> ctypes.CDLL | None:
         made_of = [
             SOURCE.read_bytes(),
             version.stdout,
-            " ".join([*command, *FLAGS]).encode(),
+            " ".join([*command, *FLAGS, *_openmp()]).encode(),
             _processor().encode(),
         ]
         name = f"native-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
@@ -93,9 +93,9 @@ def _loaded(command: list[str], path: Path) -> ctypes.CDLL:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as building:
             made = Path(building) / path.name
-            for flags in (FLAGS, PORTABLE):
+            for flags in (FLAGS + _openmp(), FLAGS, PORTABLE):
                 done = subprocess.run(
-                    [*command, *flags, str(SOURCE), "-o", str(made)], capture_output=True, timeout=SECONDS
+                    [*command, str(SOURCE), "-o", str(made), *flags], capture_output=True, timeout=SECONDS
                 )
                 if done.returncode == 0:
                     break
@@ -106,6 +106,14 @@ def _loaded(command: list[str], path: Path) -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes, function.restype = [KINDS[kind] for kind in f"{kinds}t"], None
     return library
+
+
+def _openmp() -> list[str]:
+    """Flags that link the OpenMP library that torch has loaded, and so share its threads; none where it is not known."""
+    maps = Path("/proc/self/maps")
+    loaded = [line.split()[-1] for line in maps.read_text().splitlines()] if maps.exists() else []
+    library = next((path for path in loaded if "libgomp" in Path(path).name), None)
+    return [] if library is None else [library, "-fopenmp"]
 
 
 def _cache() -> Path:

@@ -117,7 +117,7 @@ class Grid:
 
     def preactivations(self, x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor:
         """x W_enc + bias [B, S] with a graph; a shift comes off x with one, too."""
-        return _Product.apply(x, W_enc, self.dtype, self.dtype) + bias.to(self.dtype)
+        return _Biased.apply(_Product.apply(x, W_enc, self.dtype, self.dtype), bias)
 
     def of(self, vector: Tensor) -> Tensor:
         return vector.to(self.dtype)
@@ -196,6 +196,21 @@ class _SquaredError(Function):
             g_f, weights = -kernels.pair_dots(pairs.tokens, pairs.latents, pairs.starts, table, W_dec), -f
         g_W = pairs.sum_rows(weights, table) if ctx.needs_input_grad[1] else None
         return g_f, g_W, g_rest if ctx.needs_input_grad[2] else None, None
+
+
+class _Biased(Function):
+    """p + bias [B, S], in the place of p; the bias' gradient is a product, which is faster than a sum of bfloat16 columns."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, bias: Tensor) -> Tensor:
+        ctx.type = bias.dtype
+        ctx.mark_dirty(p)
+        return p.add_(bias.to(p.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        return g, (g.new_ones(1, len(g)) @ g).squeeze(0).to(ctx.type)
 
 
 class _Product(Function):

@@ -40,7 +40,7 @@ from saekit.recipe import (
     read_recipe,
     write_recipe,
 )
-from saekit.sae import SAE
+from saekit.sae import SAE, memory
 from saekit.sae.ranks import Elsewhere, Part, Ranks
 from saekit.sites import check_site, site_width
 from saekit.text import place
@@ -254,6 +254,7 @@ class _Session:
 
     def run(self) -> Run | Sweep:
         with contextlib.ExitStack() as stack:
+            stack.callback(memory.clear)
             self.ranks.first(lambda: self._track_all(stack))
             self._steps()
             return self._finish()

@@ -224,7 +224,7 @@ def test_pairs_and_grid_are_one_objective(architecture, dtype, monkeypatch) -> N
 def test_the_largest_dead_ones(tile) -> None:
     sae, x = make()
     some = torch.tensor([3, 40, 7, 8, 21])
-    pairs, p = choosing.at_latents(sae, x, some, 3)
+    pairs, p = choosing.at_latents(sae, x, some, 3, x.dtype)
     q = dense(sae, x)
     wanted = torch.zeros_like(q, dtype=torch.bool).scatter(1, some[q[:, some].topk(3).indices], True)
     found = torch.zeros_like(wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -184,3 +185,13 @@ def test_builds_at_once_do_not_disturb_each_other(anew, monkeypatch, tmp_path) -
 def check_that_work_goes_on() -> None:
     values, latents = kernels.top_k(torch.tensor([[1.0, 3.0, 2.0]]), torch.zeros(3), 2)
     assert (values.tolist(), latents.tolist()) == ([[3.0, 2.0]], [[1, 2]])
+
+
+def test_the_signatures_are_those_of_the_source() -> None:
+    """ctypes believes what it is told: a wrong letter would read another argument."""
+    source = native.SOURCE.read_text()
+    found = {}
+    for name, arguments in re.findall(r"^void (\w+)\(([^)]*)\)", source[source.index('extern "C"') :], re.M):
+        found[name] = "".join("p" if "*" in one else one.split()[0][0] for one in arguments.split(","))
+    threads = "i"
+    assert found == {name: letters + threads for name, letters in native.SIGNATURES.items()}

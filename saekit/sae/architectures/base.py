@@ -10,10 +10,12 @@ s is the scale that brings E‖s y‖ to √E, so that coefficients mean the sam
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from saekit.sae import choosing
 from saekit.sae.pairs import At
@@ -125,7 +127,22 @@ def without_affine(sae: SAE, x: Tensor, y: Tensor, terms: Terms) -> Tensor:
     Of processes that share the latents one differentiates that part, so that their gradients of b_dec and W_skip add up.
     """
     affine = sae.affine(x)
-    return y - (affine if terms.ranks.latents.rank == 0 else affine.detach())
+    if terms.ranks.latents.rank > 0:
+        affine = affine.detach()
+    return _Less.apply(y, affine) if affine.ndim == 1 else y - affine
+
+
+class _Less(Function):
+    """y − b of data y [B, E] and b [E]; the gradient is summed and then negated, which autograd does the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, b: Tensor) -> Tensor:
+        return y - b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
+        return None, g.sum(0).neg_()
 
 
 def report(
@@ -147,7 +164,7 @@ def report(
         variance=spread,
         sparsity=torch.zeros_like(spread) if sparsity is None else sparsity.detach(),
         aux=aux.detach(),
-        l0=fires.sum() / terms.tokens(error),
+        l0=fires.count_nonzero() / terms.tokens(error),
         fired=at.fired(fires),
         error=error,
     )
@@ -159,13 +176,13 @@ def auxk(sae: SAE, x: Tensor, error: Tensor, terms: Terms) -> Tensor:
     AuxK, Gao 2024, section A.2. x [B, D] and error [B, E] without a graph.
     """
     assert terms.dead is not None
-    pairs, p = choosing.at_latents(sae, x, terms.dead, terms.aux_k, terms.ranks)
+    pairs, p = choosing.at_latents(sae, x, terms.dead, terms.aux_k, terms.dtype or x.dtype, terms.ranks)
     return pairs.squared_error(p.relu(), sae.W_dec, error)[0]
 
 
 def variance(sae: SAE, y: Tensor, rest: Tensor, terms: Terms) -> Tensor:
     """mean ‖y − ȳ‖² about the batch mean, from squares about b_dec, which lies near the mean."""
     centred = (y - sae.b_dec if sae.config.skip else rest).detach()
-    squares, sums = (terms.ranks.data.sum(part) for part in (centred.square().sum(), centred.sum(0)))
+    squares, sums = (terms.ranks.data.sum(part) for part in (centred.norm().square(), centred.sum(0)))
     rows = terms.tokens(y)
     return (squares / rows - (sums / rows).square().sum()).clamp_min(0)
