@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 LEAST = 2**20  # bytes; smaller ones are the C library's own business
+KEPT = 2  # of a shape, for the gradients of both weights; dense products give back what they never took
 _spare: defaultdict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
 
 
@@ -24,8 +25,9 @@ def take(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Te
 
 def give(tensor: Tensor) -> None:
     """Give back a contiguous tensor that nobody will look at again."""
-    if tensor.device.type == "cpu" and tensor.nbytes >= LEAST:
-        _spare[tensor.shape, tensor.dtype].append(tensor)
+    spare = _spare[tensor.shape, tensor.dtype]
+    if tensor.device.type == "cpu" and tensor.nbytes >= LEAST and len(spare) < KEPT:
+        spare.append(tensor)
 
 
 def clear() -> None:

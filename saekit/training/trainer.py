@@ -274,8 +274,8 @@ class Trainer:
         device, dtype = self.sae.W_dec.device, self.sae.W_dec.dtype
         if dtype != torch.float32:
             return None
-        measured: str = self.ranks.first(lambda: str(fast_dtype(str(device))).removeprefix("torch."))
-        return DTYPES[self.config.precision or measured]
+        native: str = self.ranks.first(lambda: str(fast_dtype(str(device))).removeprefix("torch."))
+        return DTYPES[self.config.precision or native]
 
     # The start
 
