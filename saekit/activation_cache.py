@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,11 +31,7 @@ from torch import Tensor
 
 from saekit.errors import InvalidInput, first_line
 from saekit.files import fsync, read_json, read_metadata, replace_text, write_tensors
-
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None  # type: ignore[assignment]
+from saekit.locks import LOCK, exclusive
 
 Rows = dict[str, Tensor]  # by site, [n, D]
 Tell = Callable[[str], None]
@@ -45,7 +40,7 @@ FORMAT = 1
 MANIFEST = "cache.json"
 DTYPE = torch.bfloat16
 SHARD_BYTES = 64 * 2**20
-OURS = (".lock-", "shard-", MANIFEST)  # how names in a cache folder begin
+OURS = (f"{LOCK}-", "shard-", MANIFEST)  # how names in a cache folder begin
 
 
 class _Place(NamedTuple):
@@ -153,21 +148,16 @@ class ActivationCache:
         if not self.writes:
             yield
             return
-        with self._told():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = self._lock()
-        try:
+        with exclusive(self.folder, self._tell, what="cache", name=f"{LOCK}-{self._writer}"):
             with self._told():
                 for leftover in self.folder.glob(f"shard-{self._writer}-*.tmp-*"):  # of a killed process
                     leftover.unlink()
                 manifest = self._made_of | {"sites": self.widths}
                 replace_text(self.folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-            yield
-        finally:
             try:
-                self._write()
+                yield
             finally:
-                os.close(lock)
+                self._write()
 
     def _fitting(self, wanted: Mapping[str, int]) -> dict[str, int]:
         """D by site that the cache holds: those of its manifest, or the wanted ones where there is none yet."""
@@ -255,29 +245,6 @@ class ActivationCache:
                 building.unlink(missing_ok=True)
                 raise
         self._index(shard)
-
-    def _lock(self) -> int:
-        """Descriptor of the writer's lock file, held until it is closed, however the process dies."""
-        descriptor = os.open(self.folder / f".lock-{self._writer}", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if fcntl is None:
-                raise OSError("this platform has no flock")
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "pid unknown"
-            os.close(descriptor)
-            raise InvalidInput(
-                f"cache {self.folder}: another process ({holder}) is writing it; wait for it or name another folder"
-            ) from None
-        except OSError as error:
-            self._tell(
-                f"cache {self.folder}: no lock here ({first_line(error)}); let no second process write it"
-            )
-            return descriptor
-        with contextlib.suppress(OSError):  # on a full disk nobody learns the pid
-            os.truncate(descriptor, 0)
-            os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        return descriptor
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

@@ -277,7 +277,7 @@ def test_a_second_writer_is_refused(model, tmp_path) -> None:
     first = iter(stream(model, tmp_path / "cache"))
     next(first)
     second = stream(model, tmp_path / "cache")
-    with pytest.raises(InvalidInput, match=r"another process \(pid \d+ on .*\) is writing it"):
+    with pytest.raises(InvalidInput, match=r"another process \(pid \d+ on .*\) is writing this cache"):
         next(iter(second))
     list(first)
     assert len(list(second)) == len(list(stream(model, tmp_path / "cache")))  # done: now it is only read

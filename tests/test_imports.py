@@ -17,6 +17,7 @@ PACKAGE = Path(saekit.__file__).parent
 LAYERS = [
     {"errors"},
     {"files", "embedded"},
+    {"locks"},
     {"lm"},
     {"sites", "text"},
     {"tokens"},

@@ -2,7 +2,7 @@
 
     run/step-1200/  state.safetensors · state.json · manifest.json (SHA-256 of the others, written last)
                     shard-*.safetensors instead of the first, where processes share the latents: each wrote its own
-    run/.lock       held while a process writes the run (`exclusive`), with its pid; gone when it is done
+    run/.lock       held while a process writes the run (`locks.exclusive`), with its pid; gone when it is done
 
 A checkpoint is built beside its place, made durable and renamed (`files.staged`), so a kill at any moment
 leaves those before it untouched. Old ones are pruned only after the new one is in place and durable. Either kind goes on
@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
 import signal
-import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +29,6 @@ from saekit.errors import InvalidInput, first_line
 from saekit.files import (
     LEFTOVER,
     clear_leftovers,
-    fsync,
     read_json,
     read_tensors,
     remove,
@@ -40,15 +37,10 @@ from saekit.files import (
     write_json,
     write_tensors,
 )
+from saekit.locks import LOCK, exclusive
 from saekit.sae.ranks import ALONE, Ranks
 
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None  # type: ignore[assignment]
-
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
-LOCK = ".lock"
 SHARD = re.compile(r"shard-[0-9]+-[A-Za-z0-9.-]+\.safetensors")
 STEP = re.compile("step-(0|[1-9][0-9]*)")
 SETTLED = 2.0  # seconds after which a change to a file is sure to change its time stamp
@@ -249,65 +241,6 @@ def disk_errors_told(run: Path) -> Iterator[None]:
             f"run {run}: could not be written ({first_line(error)}); its checkpoints are whole. Make room, then go on with "
             "--resume"
         ) from error
-
-
-@contextlib.contextmanager
-def exclusive(run: Path, report: Report | None = None) -> Iterator[None]:
-    """Be the only process that writes into `run`, which is created if missing and removed again if left empty.
-
-    The lock is the kernel's (`flock` on `run/.lock`), so it ends with the process, however that dies. A second
-    process gets `InvalidInput` that names the first one. Where the file system or the platform has no such lock the
-    run goes on without one, and `report` (without it, a warning) says that nothing keeps a second writer away.
-    """
-    created = not run.exists()
-    try:
-        descriptor = _locked(run, report)
-    except OSError as error:
-        raise InvalidInput(f"run {run}: cannot be written ({first_line(error)})") from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            (run / LOCK).unlink()  # while it is held: `_locked` looks whether its file still has the name
-        os.close(descriptor)
-        if created:
-            with contextlib.suppress(OSError):  # not empty
-                run.rmdir()
-
-
-def _locked(run: Path, report: Report | None) -> int:
-    """Descriptor of the run's lock file, held."""
-    path = run / LOCK
-    while True:
-        run.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # the one before us has just removed the folder it left empty
-            continue
-        try:
-            if fcntl is None:
-                raise OSError("this platform has no flock")
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "pid unknown"
-            os.close(descriptor)
-            raise InvalidInput(
-                f"run {run}: another process ({holder}) is writing this run; wait for it or stop it, "
-                "or give this one another name"
-            ) from None
-        except OSError as error:
-            message = f"run {run}: no lock here ({first_line(error)}), so nothing keeps a second process from writing it too"
-            report(message) if report else warnings.warn(message, RuntimeWarning, stacklevel=4)
-            return descriptor
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                break
-        os.close(descriptor)  # its holder finished, and removed it, between our two calls
-    with contextlib.suppress(OSError):  # on a full disk nobody learns the pid
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        fsync(run.parent)  # the run's own entry
-    return descriptor
 
 
 def clean(run: Path) -> None:

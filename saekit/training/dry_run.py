@@ -158,10 +158,23 @@ def _lines(recipe: Recipe, found: dict[str, Any]) -> Iterator[str]:
         )
         if found["cache_bytes"]:
             yield f"  up to {found['cache_bytes'] / 2**20:,.0f} MiB of activations in {recipe.data.cache}"
+        yield from _processes(recipe, found)
         hours = found["flops"] / SUSTAINED / 3600
         yield f"  {found['flops']:.2g} FLOP in all: {hours:,.2g} h where {SUSTAINED / 1e12:.0f} TFLOP/s are sustained"
     yield from (f"  checked      {item}" for item in found["checked"])
     yield from (f"  not checked  {item}" for item in found["not_checked"])
+
+
+def _processes(recipe: Recipe, found: dict[str, Any]) -> Iterator[str]:
+    """How `parallel` would share the run; nothing where one process does all of it."""
+    data, latents = recipe.parallel.data, recipe.parallel.latents
+    if (data or 1) * latents == 1:
+        return
+    rows = f", some {recipe.training.batch_size // data:,} rows of each batch" if data else ""
+    yield (
+        f"  in {'any number of' if data is None else data} × {latents} processes, each with 1/{latents} of the latents: "
+        f"{found['training_bytes'] / latents / 2**20:,.0f} MiB{rows}"
+    )
 
 
 def _size(told: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from saekit.errors import Interrupted, InvalidInput, near
 from saekit.files import staged, write_tensors
 from saekit.lm import DTYPES, fast_dtype
+from saekit.locks import exclusive
 from saekit.recipe import LanguageModelRecipe, differences, read_recipe, write_recipe
 from saekit.text import Ids, documents
 from saekit.tokens import Position, Tokens
@@ -78,7 +79,7 @@ def train_language_model(recipe: LanguageModelRecipe, run: Path, *, resume: bool
         checkpoint.settle(run, recipe.training.keep_checkpoints)
         report(f"{run} is finished; nothing to do")
         return final
-    with checkpoint.exclusive(run, report), checkpoint.disk_errors_told(run):
+    with exclusive(run, report), checkpoint.disk_errors_told(run):
         if not resume:
             checkpoint.check_new(run)  # nobody may have written it meanwhile
         checkpoint.clean(run)

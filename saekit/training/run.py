@@ -32,6 +32,7 @@ from saekit.errors import Interrupted, InvalidInput, UnknownName, near
 from saekit.evaluation import Evaluation, pareto_of_sweep
 from saekit.files import existing, read_json
 from saekit.lm import fast_dtype, load_model, special_ids
+from saekit.locks import exclusive
 from saekit.recipe import (
     LanguageModelRecipe,
     Recipe,
@@ -172,7 +173,7 @@ def _train(
         return _finished(path, recipe)
 
     def begin() -> None:
-        stack.enter_context(checkpoint.exclusive(path, reporter.line))
+        stack.enter_context(exclusive(path, reporter.line))
         if not resume:
             checkpoint.check_new(path)  # nobody may have written it while the model was loading
         checkpoint.clean(path)

@@ -15,6 +15,7 @@ from conftest import SITE, sentences
 
 import saekit
 from saekit.errors import FileMissing, Interrupted, InvalidInput, UnknownName
+from saekit.locks import exclusive
 from saekit.recipe import parse_recipe
 from saekit.sae import SAE
 from saekit.training import checkpoint
@@ -201,7 +202,7 @@ def test_resume_rules(recipe, model, tmp_path) -> None:
 
 
 def test_a_run_that_another_process_writes_is_left_alone(recipe, model, tmp_path) -> None:
-    with checkpoint.exclusive(tmp_path / "run"):
+    with exclusive(tmp_path / "run"):
         with pytest.raises(InvalidInput, match="another process .* is writing this run"):
             train(recipe(), model=model, runs=tmp_path)
         with pytest.raises(InvalidInput, match="another process .* is writing this run"):

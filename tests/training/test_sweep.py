@@ -231,3 +231,16 @@ def test_dry_run_tells_of_every_kind(recipe) -> None:
     assert told["ring_bytes"] == 450 * 3 * 256 * 4
     assert f"from {SITE} to {MLP} with a skip" in told["text"]
     assert f"at {OTHER} + {SITE}" in told["text"]
+
+
+def test_dry_run_tells_how_processes_share_a_run(recipe) -> None:
+    from saekit.recipe import ParallelSection
+    from saekit.training.dry_run import describe
+
+    assert "processes" not in describe(recipe(KINDS))["text"]
+    shared = recipe(KINDS).model_copy(update={"parallel": ParallelSection(data=4, latents=2)})
+    told = describe(shared)
+    each = told["training_bytes"] / 2 / 2**20
+    assert f"in 4 × 2 processes, each with 1/2 of the latents: {each:,.0f} MiB, some" in told["text"]
+    any_number = shared.model_copy(update={"parallel": ParallelSection(latents=2)})
+    assert "in any number of × 2 processes" in describe(any_number)["text"]
