@@ -35,7 +35,7 @@ tiny: $(READY)
 	rm -rf checkpoints/tiny-sae
 	$(BIN)/saekit train recipes/tiny_sae.yaml
 	rm -rf checkpoints/tiny/sae && cp -r checkpoints/tiny-sae/final checkpoints/tiny/sae
-	$(BIN)/saekit catalog build checkpoints/tiny/sae --text tiny --tokens 800_000 --contexts 10 --out checkpoints/tiny/catalog
+	$(BIN)/saekit catalog build checkpoints/tiny/sae --text tiny --tokens 800_000 --contexts 10 --per-band 2 --sample-rows 64 --out checkpoints/tiny/catalog
 
 clean:
 	rm -rf .venv .venv-peers dist .pytest_cache .mypy_cache .ruff_cache

@@ -13,13 +13,23 @@ if TYPE_CHECKING:
     from saekit.catalog import Catalog as Catalog
     from saekit.errors import SaekitError as SaekitError
     from saekit.evaluation import evaluate as evaluate
+    from saekit.lens.direct import logit_attribution as logit_attribution
+    from saekit.lens.logit_lens import logit_lens as logit_lens
+    from saekit.lens.patching import feature_effects as feature_effects
+    from saekit.lens.reading import read as read
     from saekit.lm import load_model as load_model
     from saekit.sae import SAE as SAE
     from saekit.sae.releases import releases as releases
     from saekit.steering.compare import compare as compare
     from saekit.steering.directions import Direction as Direction
+    from saekit.steering.directions import Prefix as Prefix
     from saekit.steering.edits import Edit as Edit
+    from saekit.steering.generate import generate as generate
+    from saekit.steering.generate import stream as stream
+    from saekit.steering.probes import fit_probe as fit_probe
+    from saekit.steering.steer import edited as edited
     from saekit.steering.steer import steer as steer
+    from saekit.steering.sweep import sweep as sweep
     from saekit.tokens import tokenize as tokenize
     from saekit.training.run import train as train
     from saekit.training.trainer import Trainer as Trainer
@@ -35,9 +45,19 @@ _PLACES = {
     "evaluate": "saekit.evaluation",
     "Catalog": "saekit.catalog",
     "Direction": "saekit.steering.directions",
+    "Prefix": "saekit.steering.directions",
+    "fit_probe": "saekit.steering.probes",
     "Edit": "saekit.steering.edits",
     "steer": "saekit.steering.steer",
+    "edited": "saekit.steering.steer",
     "compare": "saekit.steering.compare",
+    "generate": "saekit.steering.generate",
+    "stream": "saekit.steering.generate",
+    "sweep": "saekit.steering.sweep",
+    "read": "saekit.lens.reading",
+    "logit_lens": "saekit.lens.logit_lens",
+    "logit_attribution": "saekit.lens.direct",
+    "feature_effects": "saekit.lens.patching",
     "SaekitError": "saekit.errors",
 }
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from saekit.lens.colours import coloured
+from saekit.lens.tokens import visible
+
+if TYPE_CHECKING:
+    from saekit.catalog import Context
+    from saekit.catalog.build import Progress as BuildProgress
 
 WIDTH = 120  # where there is no terminal to ask
 
@@ -21,11 +28,6 @@ def _console(*, stderr: bool) -> Console:
 
 out = _console(stderr=False)
 err = _console(stderr=True)
-
-
-def plain(text: str) -> str:
-    """Text from a corpus made harmless for a terminal: control characters and bidi overrides show as escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 class RunReporter:
@@ -92,24 +94,34 @@ def _figures(figures: dict[str, float]) -> str:
     return "  ".join([*parts, rate])
 
 
-class CatalogProgress:
-    """Progress of a catalog build on stderr."""
+class _NowAndThen:
+    """Lines of progress on stderr, not too many."""
 
-    def __init__(self, total: int | None = None, every: float = 5.0) -> None:
-        self._start = self._last = time.monotonic()
-        self._total, self._every = total, every
+    def __init__(self, every: float = 5.0) -> None:
+        self._last, self._every = time.monotonic(), every
 
-    def __call__(self, tokens: int, alive: int) -> None:
+    def _line(self, text: str) -> None:
         now = time.monotonic()
-        if now - self._last < (0.2 if err.is_terminal else self._every):
-            return
-        self._last = now
-        rate = tokens / (now - self._start)
-        left = f", {max(0, self._total - tokens) / rate:.0f} s left" if self._total else ""
-        err.print(
-            Text(f"  {tokens:,} tokens, {alive:,} features alive, {rate:,.0f} tok/s{left}"),
-            end="\r" if err.is_terminal else "\n",
+        if now - self._last >= (0.2 if err.is_terminal else self._every):
+            self._last = now
+            err.print(Text(text), end="\r" if err.is_terminal else "\n")
+
+
+class CatalogProgress(_NowAndThen):
+    """Progress of a catalog build."""
+
+    def __call__(self, p: BuildProgress) -> None:
+        left = "" if p.seconds_left is None else f", {p.seconds_left:,.0f} s left"
+        self._line(
+            f"  {p.tokens:,} tokens, {p.alive:,} of {p.latents:,} features alive, {p.tokens_per_second:,.0f} tok/s{left}"
         )
+
+
+class AnswersProgress(_NowAndThen):
+    """Progress of questions to a language model."""
+
+    def __call__(self, answers: int, of: int) -> None:
+        self._line(f"  {answers:,} of {of:,} answers")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
@@ -119,7 +131,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
         text = i == 0 or any(isinstance(row[i], (str, Text)) and not _is_number(row[i]) for row in rows)
         made.add_column(name, justify="left" if text else "right", overflow="fold")
     for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else Text(plain(str(cell))) for cell in row))
+        made.add_row(*(cell if isinstance(cell, Text) else Text(visible(str(cell))) for cell in row))
     return made
 
 
@@ -135,11 +147,9 @@ def _is_number(cell: object) -> bool:
     )
 
 
-def coloured(tokens: Sequence[str], activations: Sequence[float], top: float) -> Text:
-    """Tokens on a background as strong as their activation."""
-    text = Text()
-    for token, activation in zip(tokens, activations, strict=True):
-        share = max(0.0, min(1.0, activation / top)) if top > 0 else 0.0
-        style = f"black on rgb(255,{int(220 - 120 * share)},{int(160 - 140 * share)})" if share > 0 else ""
-        text.append(plain(token).replace("\n", "↵"), style=style)
-    return text
+def context_text(context: Context, top: float) -> Text:
+    """A context's tokens on grounds as strong as their activation; top: the activation of the strongest ground."""
+    return coloured(
+        (token, a / top if top > 0 else 0.0)
+        for token, a in zip(context.tokens, context.activations, strict=True)
+    )

@@ -5,7 +5,6 @@ Everything shown is computed here and now; the only thing told beforehand is whi
 
 from __future__ import annotations
 
-import re
 import shutil
 import statistics
 import time
@@ -20,12 +19,15 @@ from rich.text import Text
 
 from saekit import embedded
 from saekit.catalog import Catalog, Feature
-from saekit.console import CatalogProgress, RunReporter, coloured, out, plain, table
+from saekit.console import CatalogProgress, RunReporter, context_text, out, table
+from saekit.lens.tokens import visible
 from saekit.lm import load_model
-from saekit.steering.compare import check_prompt, next_token_probabilities
+from saekit.steering.compare import next_token_probabilities
 from saekit.steering.edits import Edit
+from saekit.steering.generate import Generated, generate
+from saekit.steering.judging import keyword_rate, perplexity, word_ids
 from saekit.steering.steer import steer
-from saekit.steering.sweep import control_of, perplexity
+from saekit.steering.sweep import control_of
 from saekit.tokens import tokenize
 from saekit.training.run import Run, train
 
@@ -83,7 +85,7 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         "catalog",
         lambda: Catalog.build(
             model, trained.sae, tokens, run / "catalog", max_tokens=CATALOG_TOKENS,
-            progress=None if quiet else CatalogProgress(CATALOG_TOKENS),
+            progress=None if quiet else CatalogProgress(),
         ),
     )  # fmt: skip
     page = _timed(times, "page", lambda: catalog.page(run / "page"))
@@ -101,7 +103,7 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     say(f"   … and {len(hits) - len(rows)} more")
 
     start = time.perf_counter()
-    ids = _star_wars_ids(model)
+    ids = torch.tensor(word_ids(model, STAR_WARS))
     plain_p = _probability(model, None, ids)
     features: list[Make] = [partial(f.add, unit="norm") for f in hits]
     chosen = _choose(model, features, ids)
@@ -112,7 +114,7 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         f"[bold]5. Choose[/]  feature {feature.index} of {len(hits)} hits: the one whose continuations speak of Star Wars most"
     )
     for context in feature.contexts[:4]:
-        say("   ", coloured(context.tokens, context.activations, feature.max_activation))
+        say("   ", context_text(context, feature.max_activation))
 
     say(
         "[bold]6. Steer[/]  add it at a share of the residual norm; beside it the best of as many random directions"
@@ -128,12 +130,13 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     strength = best["strength"]
     say(f"   {told}: {strength:g}")
     examples = best["texts"][:5]
-    say(Text(f"   plain    {plain(result_rows[0]['texts'][0])!r}"))
+    say(Text(f"   plain    {visible(result_rows[0]['texts'][0])!r}"))
     for text in examples:
-        say(Text(f"   steered  {plain(text)!r}"))
-    say(Text(f"   random   {plain(best['random_texts'][0])!r}"))
+        say(Text(f"   steered  {visible(text)!r}"))
+    say(Text(f"   random   {visible(best['random_texts'][0])!r}"))
     times["steer"] = time.perf_counter() - start
-    identical = result_rows[0]["texts"] == _continue(model, None, SHOWING) and plain_p == result_rows[0]["p"]
+    plain_texts = [made.text for made in _continue(model, None, SHOWING)]
+    identical = result_rows[0]["texts"] == plain_texts and plain_p == result_rows[0]["p"]
     say(f"   strength 0 gives the plain model's probabilities and texts, bit for bit: {identical}")
 
     say("[bold]Times[/]  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items()))
@@ -158,20 +161,13 @@ def _greedy(model: TransformerBridge) -> str:
     return str(model.generate(PROMPT, max_new_tokens=8, do_sample=False, verbose=False))
 
 
-def _star_wars_ids(model: TransformerBridge) -> torch.Tensor:
-    """Ids of the words that are single tokens after a space."""
-    encoded = (model.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in STAR_WARS)
-    return torch.tensor(sorted({ids[0] for ids in encoded if len(ids) == 1}))
-
-
 def _random(feature: Feature, seed: int, strength: float) -> Edit:
     return control_of(feature.add(strength, unit="norm"), seed)
 
 
 def _probability(model: TransformerBridge, edit: Edit | None, ids: torch.Tensor) -> float:
-    prompt = check_prompt(model, PROMPT, 1)
     with _with(model, edit):
-        return float(next_token_probabilities(model, prompt)[ids].sum())
+        return float(next_token_probabilities(model, model.to_tokens(PROMPT))[ids].sum())
 
 
 def _choose(model: TransformerBridge, candidates: Sequence[Make], ids: torch.Tensor) -> Make:
@@ -199,21 +195,18 @@ def _measure(
         texts = _continue(model, edit, seed=SHOWING)
         found |= {
             f"{prefix}p": _probability(model, edit, ids),
-            f"{prefix}texts": texts,
+            f"{prefix}texts": [made.text for made in texts],
             f"{prefix}share": _share(texts),
             f"{prefix}perplexity": _perplexity(model, texts),
         }
     return found
 
 
-def _continue(model: TransformerBridge, edit: Edit | None, seed: int) -> list[str]:
-    with torch.random.fork_rng(), _with(model, edit):
-        torch.manual_seed(seed)
-        texts = model.generate(
-            [PROMPT] * SAMPLES, max_new_tokens=NEW_TOKENS, temperature=0.8, stop_at_eos=False, verbose=False
+def _continue(model: TransformerBridge, edit: Edit | None, seed: int) -> list[Generated]:
+    with _with(model, edit):
+        return generate(
+            model, [PROMPT] * SAMPLES, NEW_TOKENS, seed=seed * SAMPLES, temperature=0.8, stop_at_eos=False
         )
-    assert isinstance(texts, list)
-    return texts
 
 
 @contextmanager
@@ -225,15 +218,14 @@ def _with(model: TransformerBridge, edit: Edit | None) -> Iterator[None]:
             yield
 
 
-def _share(texts: list[str]) -> float:
+def _share(texts: list[Generated]) -> float:
     """The share of continuations with a Star Wars word in them."""
-    continuations = (re.findall(r"\w+", text.removeprefix(PROMPT)) for text in texts)
-    return sum(bool(set(words) & set(STAR_WARS)) for words in continuations) / len(texts)
+    return keyword_rate([made.continuation for made in texts], STAR_WARS)
 
 
-def _perplexity(model: TransformerBridge, texts: list[str]) -> float:
+def _perplexity(model: TransformerBridge, texts: list[Generated]) -> float:
     """The median perplexity of the continuations under the plain model."""
-    return statistics.median(perplexity(model, PROMPT, text) for text in texts)
+    return statistics.median(perplexity(model, made.ids, made.prompt_length) for made in texts)
 
 
 def _row(r: dict[str, Any]) -> tuple[str, ...]:

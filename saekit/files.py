@@ -229,3 +229,18 @@ def _retire(retired: Path, folder: Path) -> None:
             remove(retired)
         else:
             retired.rename(folder)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside the file to write it under; it takes the file's place when it is whole and durable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        yield building
+        fsync(building)
+        building.replace(path)
+        fsync(path.parent)
+    except BaseException:
+        building.unlink(missing_ok=True)
+        raise

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from saekit import embedded
 from saekit.errors import FileMissing, InvalidInput, first_line
@@ -166,6 +167,29 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """SHA-256 of the vocabulary: equal for tokenizers that give the same ids the same strings."""
     entries = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(entries.encode()).hexdigest()
+
+
+def to_logits(model: TransformerBridge, rows: Tensor) -> Tensor:
+    """[n, V] what directions [n, D] of the residual stream add to the logits, but for the final norm's division; float32."""
+    return through_final_norm(model, rows) @ model.W_U.detach().float()
+
+
+def through_final_norm(model: TransformerBridge, rows: Tensor) -> Tensor:
+    """[n, D] directions as the unembedding sees them: centred for LayerNorm, times the norm's gain; float32.
+
+    The norm's division, which depends on the rest of the stream, is left out.
+    """
+    W_U = model.W_U
+    rows = rows.detach().to(W_U.device, torch.float32)
+    if model.cfg.normalization_type in ("LN", "LNPre"):
+        rows = rows - rows.mean(-1, keepdim=True)
+    gain = getattr(model.ln_final, "weight", None)
+    if gain is None:
+        return rows
+    offset = (
+        1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0
+    )  # Gemma stores its difference from 1
+    return rows * (gain.detach().float() + offset)
 
 
 def model_hash(model: TransformerBridge, samples: int = 256) -> str:

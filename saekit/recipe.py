@@ -1,6 +1,7 @@
 """Recipes: one YAML file per run, validated so that every mistake is listed at once with its path.
 
-A recipe trains sparse autoencoders (`sae:`, one or a list) or, rarely, a small language model (`language_model:`).
+A recipe trains sparse autoencoders (`sae:`, one or a list), rarely a small language model (`language_model:`), or describes an
+experiment (`activation_additions:`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from saekit.errors import InvalidInput, near
 from saekit.files import existing, replace_text
@@ -19,6 +20,7 @@ from saekit.training.config import Count, Positive, Share, TrainingConfig
 from saekit.training.tracking import WandbConfig
 
 MAX_RECIPE_BYTES = 1 << 20
+NO_TRAINING = "describes an experiment: use `saekit additions`"
 
 
 class Section(BaseModel):
@@ -158,7 +160,31 @@ class LanguageModelRecipe(Section):
         return max(1, self.training.tokens // self.tokens_per_step)
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | LanguageModelRecipe:
+class AdditionsSection(Section):
+    """Two short prompts, whose difference is added, and two texts that it is tried on."""
+
+    topic: str  # a text file on what `positive` is about
+    other: str  # a text file on something else
+    positive: str = " weddings"
+    negative: str = " "
+    sites: tuple[str, ...] | None = None  # None: the residual stream before each block
+    coefficients: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)] = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+class AdditionsRecipe(Section):
+    """The activation-additions experiment (`saekit.steering.additions`) on a model."""
+
+    name: Name
+    model: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bf16 where it is fast
+    device: str | None = None
+    activation_additions: AdditionsSection
+
+
+AnyRecipe = Recipe | LanguageModelRecipe | AdditionsRecipe
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """A recipe file with `key.path=value` overrides applied.
 
     Raises `FileMissing`, or one `InvalidInput` that lists every mistake with its path.
@@ -177,11 +203,13 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Lan
     return parse_recipe(raw, str(path))
 
 
-def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe | LanguageModelRecipe:
+def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> AnyRecipe:
     """A recipe from plain values; every mistake in one `InvalidInput`."""
-    kind = LanguageModelRecipe if "language_model" in raw else Recipe
+    kinds: dict[str, Any] = {"language_model": LanguageModelRecipe, "activation_additions": AdditionsRecipe}
+    kind: Any = next((kinds[key] for key in kinds if key in raw), Recipe)
     try:
-        return kind.model_validate(raw)
+        made: AnyRecipe = kind.model_validate(raw)
+        return made
     except ValidationError as error:
         lines = [line for item in error.errors() for line in _mistake(kind, item).splitlines()]
         count = f"{len(lines)} mistakes" if len(lines) > 1 else "1 mistake"
@@ -190,7 +218,7 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe | Languag
         ) from None
 
 
-def write_recipe(path: Path, recipe: Recipe | LanguageModelRecipe) -> None:
+def write_recipe(path: Path, recipe: AnyRecipe) -> None:
     """The recipe with every default spelled out."""
     replace_text(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 

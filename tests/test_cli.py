@@ -157,7 +157,8 @@ def test_python_m_saekit_is_the_command_line() -> None:
 
 
 def test_terminal_escapes_in_tokens_show_literally() -> None:
-    from saekit.console import coloured, plain
+    from saekit.lens.colours import coloured
+    from saekit.lens.tokens import visible
 
-    assert plain("a\x1b[31mred\u202e") == "a\\x1b[31mred\\u202e"
-    assert "\x1b" not in coloured(["\x1b[2J", " ok"], [1.0, 0.0], 1.0).plain
+    assert visible("a\x1b[31mred\u202e") == "a\\x1b[31mred\\u202e"
+    assert "\x1b" not in coloured([("\x1b[2J", 1.0), (" ok", 0.0)]).plain

@@ -24,6 +24,7 @@ LAYERS = [
     {"activation_cache", "activations", "sae"},
     {"evaluation"},
     {"steering"},
+    {"lens"},
     {"catalog"},
     {"training.config", "training.schedules", "training.checkpoint", "training.tracking"},
     {
@@ -44,6 +45,7 @@ LAYERS = [
         "training.language_model",
         "training.sample",
     },
+    {"experiments"},
     {"console", "server"},
     {"demo"},
     {"cli", "__main__", "__init__"},
@@ -88,7 +90,7 @@ def test_imports_run_downward() -> None:
 
 
 def test_catalog_steering_and_lenses_need_no_training_code() -> None:
-    for part in ("catalog", "steering", "evaluation", "sae"):
+    for part in ("catalog", "steering", "lens", "evaluation", "sae"):
         for path in (PACKAGE / part).rglob("*.py"):
             assert not [t for t, _ in imports_of(path) if t.startswith("saekit.training")], path
 

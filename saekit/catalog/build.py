@@ -1,343 +1,354 @@
-"""Tokens + model + SAE → a catalog folder, in one pass over the text.
+"""Tokens + model + SAEs → catalog folders, in one pass over the text.
 
-contexts ──forward to the site──▶ x ──encode──▶ non-zero activations ──▶ accumulators ──▶ tables
-                                                             weights ──▶ logit effects, neighbours ──▶
+    corpus ──units of 8 rows──▶ forward to the last site ──▶ x of each SAE ──encode──▶ firings ──▶ its state ──▶ tables
+                                                                              weights ──▶ logit effects, neighbours ──▶
+
+A unit is always forwarded and encoded alone, and a state is free of order: which units a process looks at, and when, changes
+no bit of what they make together. So a build that was killed goes on from its last saved state, one in parts is merged
+(`catalog.parts`), and both write the files of one that nobody touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import errno
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from saekit.catalog.accumulate import Firings, Moments, TokenTable, TopContexts, bin_edges
-from saekit.catalog.effects import encoder_cosine, logit_effects, nearest
-from saekit.catalog.tables import CATALOG, DIRECTIONS, SCHEMA_VERSION, write_table
-from saekit.errors import InvalidInput
-from saekit.files import sha256_of_file, staged, write_json, write_tensors
-from saekit.lm import model_hash, special_ids, token_strings, tokenizer_hash
+from saekit.catalog.accumulate import UNIT_ROWS, Firings, State, Unit
+from saekit.catalog.encode import encode
+from saekit.catalog.parts import NOTHING, PART, folder_of, write_part
+from saekit.catalog.stream import Position
+from saekit.catalog.tables import CATALOG, SCHEMA_VERSION
+from saekit.catalog.weights import describe, excluded_tokens, look_at
+from saekit.catalog.working import DONE, STATE, begin, check_free, clear, put, working
+from saekit.catalog.writing import write_catalog
+from saekit.errors import FileMissing, InvalidInput, first_line
+from saekit.files import read_json, staged, write_json
 from saekit.sae import SAE
-from saekit.sae.files import to_cfg, to_tensors
 from saekit.sites import capture
 from saekit.tokens import TokenBatch, Tokens, token_batches
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-TOKENS_PER_LATENT = 20
-LOGITS_PER_LATENT = 10
-NEIGHBOURS_PER_LATENT = 10
-AT_LEAST = 2  # occurrences before a token enters the token table
-NORMS_KEPT = 1 << 20  # residual norms from which the median is taken
-PRUNE_EVERY = 64  # batches between throwing away corpus rows that no context refers to any more
+SAVE_EVERY = 30.0  # seconds
+SAVING_TAKES = 0.1  # of the time, at most
+POSITION, SPILLED = "position.json", "spilled"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+LIBRARIES = ("saekit", "torch", "transformer_lens")
 
-Progress = Callable[[int, int], None]  # (tokens so far, features alive)
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a build has come."""
+
+    tokens: int  # evaluated so far
+    alive: int  # latents that have fired, of all SAEs
+    latents: int  # of all SAEs
+    tokens_per_second: float  # since this process began to look
+    seconds_left: float | None  # of the pass; None where nobody knows how long the corpus is
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is kept of the text."""
+
+    contexts: int = 20  # per latent, the strongest
+    window: int = 64  # tokens around a peak
+    bands: int = 5
+    per_band: int = 4
+    sample_rows: int = 128
+
+    def __post_init__(self) -> None:
+        least = {"contexts": 1, "window": 1, "bands": 1, "per_band": 1, "sample_rows": 0}
+        for name, value in asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or not least[name] <= value <= 10_000:
+                raise InvalidInput(
+                    f"catalog: {name} is a whole number from {least[name]} to 10,000, got {value!r:.80}"
+                )
 
 
 def build(
     model: TransformerBridge,
-    sae: SAE,
+    sae: SAE | Sequence[SAE],
     tokens: Tokens | Tensor | Iterable[Tensor],
     folder: str | Path,
     *,
     contexts: int = 20,
     window: int = 64,
+    bands: int = 5,
+    per_band: int = 4,
+    sample_rows: int = 128,
     max_tokens: int | None = None,
     include_special: bool = False,
-    batch: int = 32,
-    progress: Progress | None = None,
-) -> Path:
+    licence: str | None = None,
+    part: tuple[int, int] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    resume: bool = True,
+) -> Path | list[Path]:
     """Write a catalog of the SAE's features over the tokens; see `tables` for what is in it.
 
-    contexts: kept per feature, at most one per document. window: tokens around a peak. max_tokens: stop after
-    about so many. include_special: count BOS, EOS and pad too. batch: contexts per forward.
+    sae: several share each forward, whatever sites they read, and get `folder/<site>` each (where two read one site, with
+        what sets them apart). Transcoders read their site and act on another; crosscoders are refused.
+    contexts: kept per feature, at most one per document. window: tokens around a peak. bands, per_band: of the active range,
+        and contexts drawn from each. sample_rows: of the corpus, drawn, of which all activations are kept.
+    max_tokens: stop after the unit, of 8 rows, in which so many have been evaluated. include_special: count BOS, EOS and pad
+        too. licence: of the corpus, for those with whom the catalog is shared.
+    part: (i, n) looks at every n-th unit, from the i-th on, and leaves in `folder` what `catalog.merge` takes; all of the
+        corpus is read, and max_tokens counts all of it. progress: gets a `Progress` after each unit.
+    resume: go on where a build of the same was stopped or killed, from what it left in `<folder>.building`; False starts anew.
 
-    Raises `InvalidInput` for an SAE that does not fit, an empty corpus, or a folder that holds something else.
+    A catalog that was there is replaced when the new one is whole. The state is saved twice a minute, and when the pass ends
+    with an exception, Ctrl-C included. The same arguments give the same bytes, in one process or several, stopped or not, on
+    machines whose arithmetic is the same.
+
+    Returns the folder; of a list of SAEs one for each; of a part the part's. Raises `InvalidInput` for an SAE that does
+    not fit, an empty corpus, a folder that holds something else, and a build that was begun with other arguments.
     """
-    if sae.is_transcoder or sae.is_crosscoder:
+    saes, names = ([sae], [""]) if isinstance(sae, SAE) else (list(sae), distinct_names(sae))
+    if not saes:
+        raise InvalidInput("catalog: expected at least one SAE, got an empty list")
+    folder = Path(folder).resolve()
+    options = Options(contexts, window, bands, per_band, sample_rows)
+    whole, (i, n) = part is None, _check_part(part)
+    if max_tokens is not None and (isinstance(max_tokens, bool) or max_tokens < 1):
+        raise InvalidInput(f"catalog: max_tokens starts at 1, got {max_tokens!r}")
+    for one in saes:
+        _check_sae(one, model)
+    for name in names if whole else [""]:
+        check_free(folder / name, *((CATALOG, "catalog") if whole else (PART, "part of a catalog")))
+    label = tokens.label if isinstance(tokens, Tokens) else "token ids"
+    origin = {
+        "schema": SCHEMA_VERSION,
+        **{library: version(library) for library in LIBRARIES},
+        "device": torch.device(str(model.cfg.device)).type,
+        "names": names,
+        "about": [describe(model, one) for one in saes],
+        "corpus": {"label": Path(label).name, "licence": licence},
+        **asdict(options),
+        "max_tokens": max_tokens,
+        "excluded": excluded_tokens(model, include_special),
+        "part": None if whole else [i, n],
+    }
+    with working(folder) as place:
+        if not resume:
+            clear(place)
+        begin(place, origin)
+        survey = _Survey(model, saes, origin, place)
+        try:
+            survey.start()
+            end = survey.look(tokens, progress)
+            if whole and end.tokens == 0:
+                raise InvalidInput(NOTHING)
+            made = []
+            for k, name in enumerate(names if whole else [""]):
+                with staged(place / DONE) as done:
+                    if whole:
+                        weights = look_at(model, saes[k], origin["about"][k])
+                        write_catalog(done, survey.states[k], weights, origin, end)
+                    else:
+                        first = zip(saes, origin["about"], strict=True) if i == 1 else ()
+                        write_part(done, survey.states, [look_at(model, *one) for one in first], origin, end)
+                made.append(put(place, place / DONE, folder, name))
+        except BaseException as error:
+            survey.keep()
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                raise InvalidInput(
+                    f"catalog {folder}: could not be written ({first_line(error)}). Make room, then start it again: it goes "
+                    "on from what it has saved"
+                ) from error
+            raise
+        clear(place)
+    return made if whole and not isinstance(sae, SAE) else made[0]
+
+
+def distinct_names(saes: Sequence[SAE]) -> list[str]:
+    """A name for each: the site; where several read one, architecture and width with it; and a number where that is not enough."""
+    names = [sae.sites[0] for sae in saes]
+    longer = [f"{sae.sites[0]}-{sae.architecture}-{sae.d_sae}" for sae in saes]
+    names = [long if names.count(name) > 1 else name for name, long in zip(names, longer, strict=True)]
+    return [
+        f"{name}-{names[: k + 1].count(name)}" if names.count(name) > 1 else name
+        for k, name in enumerate(names)
+    ]
+
+
+def _check_part(part: tuple[int, int] | None) -> tuple[int, int]:
+    i, n = (1, 1) if part is None else part if isinstance(part, (tuple, list)) and len(part) == 2 else (0, 0)
+    if (
+        not all(isinstance(number, int) and not isinstance(number, bool) for number in (i, n))
+        or not 1 <= i <= n
+    ):
+        raise InvalidInput(f"catalog: part {part!r}; expected (i, n) with 1 ≤ i ≤ n, such as (1, 4)")
+    return i, n
+
+
+def _check_sae(sae: SAE, model: TransformerBridge) -> None:
+    if sae.is_crosscoder:
         raise InvalidInput(
-            "catalog: only for SAEs that read and write one site, not for transcoders and crosscoders"
+            f"catalog: this is a crosscoder, which reads {', '.join(sae.sites)} at once, and its features have a direction "
+            "at each; only SAEs and transcoders, which act on one site, have catalogs"
         )
     sae.check_fits(model)
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / CATALOG).exists():
-        raise InvalidInput(f"catalog: {folder} exists and is no catalog; choose another folder")
-    if contexts < 1 or window < 1:
-        raise InvalidInput(f"catalog: contexts and window start at 1, got {contexts} and {window}")
-    survey = _Survey(model, sae, contexts, window, () if include_special else special_ids(model))
-    for tokens_batch in token_batches(tokens, batch):
-        survey.add(tokens_batch)
-        if progress:
-            progress(survey.tokens, int((survey.moments.count > 0).sum()))
-        if max_tokens is not None and survey.tokens >= max_tokens:
-            break
-    if survey.tokens == 0:
-        raise InvalidInput("catalog: no token to look at; the corpus is empty or holds special tokens only")
-    label = tokens.label if isinstance(tokens, Tokens) else "token ids"
-    with staged(folder) as building:
-        survey.write(building, label)
-    return folder
 
 
 class _Survey:
-    """The state of the pass."""
+    """The state of the pass, in memory and in its working folder."""
 
     def __init__(
-        self, model: TransformerBridge, sae: SAE, contexts: int, window: int, excluded: tuple[int, ...]
+        self, model: TransformerBridge, saes: Sequence[SAE], origin: dict[str, Any], place: Path
     ) -> None:
-        self.model, self.sae, self.excluded = model, sae, excluded
-        self.tokens = 0  # evaluated
-        self.moments = Moments(sae.d_sae)
-        self.table = TokenTable(model.cfg.d_vocab)
-        self.top = TopContexts(sae.d_sae, contexts, window)
-        self._rows: dict[int, np.ndarray] = {}  # corpus rows that contexts may refer to
-        self._next_row = 0
-        self._batches = 0
-        self._norms: list[np.ndarray] = []
-        self._normed = 0
+        self.model, self.saes, self.place = model, saes, place
+        self.part: tuple[int, int] = tuple(origin["part"] or (1, 1))
+        self.max_tokens: int | None = origin["max_tokens"]
+        self.excluded = list(origin["excluded"].values())
+        self.origin = origin
+        self.states: list[State] = []
+        self.position = Position()  # of the states
+        self.whole = True  # all states are of `position`
+        self.saved = 0  # units
+        self.save_at = time.monotonic() + SAVE_EVERY
 
-    @torch.no_grad()
-    def add(self, batch: TokenBatch) -> None:
-        ids = batch.ids.numpy()
-        documents = batch.documents.numpy()
-        special = np.isin(ids, self.excluded)
-        x = capture(self.model, [self.sae.site], batch.ids)[self.sae.site].flatten(0, 1)
+    # On disk
+
+    def start(self) -> None:
+        """With what was saved, or with nothing."""
+        saved, own = self.place / STATE, self.place / SPILLED
+        shutil.rmtree(own, ignore_errors=True)
+        if saved.exists():
+            try:
+                position = Position(**read_json(saved / POSITION))
+                self.states = [
+                    State.load(folder_of(saved, k), folder_of(own, k)) for k in range(len(self.saes))
+                ]
+            except (InvalidInput, FileMissing, KeyError, TypeError) as error:
+                raise InvalidInput(
+                    f"catalog: {saved} is damaged ({first_line(error)}); start anew with resume=False"
+                ) from error
+            self.position, self.saved = position, position.units
+            return
+        kept = {name: self.origin[name] for name in Options.__dataclass_fields__}
+        self.states = [
+            State(sae.d_sae, self.model.cfg.d_vocab, **kept, folder=folder_of(own, k))
+            for k, sae in enumerate(self.saes)
+        ]
+
+    def save(self) -> None:
+        begun = time.monotonic()
+        with staged(self.place / STATE) as folder:
+            for k, state in enumerate(self.states):
+                folder_of(folder, k).mkdir()
+                state.save(folder_of(folder, k))
+            write_json(folder / POSITION, asdict(self.position))
+        self.saved, now = self.position.units, time.monotonic()
+        self.save_at = now + max(SAVE_EVERY, (now - begun) / SAVING_TAKES)
+
+    def keep(self) -> None:
+        """What can be gone on with stays; a working folder that is of no use does not."""
+        if self.whole and self.position.units > self.saved and self.position.tokens:
+            with contextlib.suppress(OSError):  # it goes on from an earlier one
+                self.save()
+        if not (self.place / STATE).exists():
+            with contextlib.suppress(OSError):  # the reason for being here is what is to be told
+                clear(self.place)
+
+    # The pass
+
+    def look(
+        self, tokens: Tokens | Tensor | Iterable[Tensor], progress: Callable[[Progress], None] | None
+    ) -> Position:
+        """Look at this part's units, from `position` on; what comes before is read again and has to be what it was."""
+        i, n = self.part
+        at, resumed, clock = Position(), self.position, None
+        for batch in token_batches(tokens, UNIT_ROWS):
+            ids, documents = batch.ids.numpy(), batch.documents.numpy()
+            special = np.isin(ids, self.excluded)
+            before, at = at, at.after(ids, documents, int((~special).sum()))
+            if before.units < resumed.units:
+                if at.units == resumed.units and at != resumed:
+                    break
+            else:
+                clock = clock or _Clock(tokens, self.max_tokens, resumed, self.tokens)
+                own = before.units % n == i - 1
+                seen = self._look_at(batch, special, before.rows) if own else []
+                self.whole = False
+                for state, unit in zip(self.states, seen, strict=False):
+                    state.add(unit)
+                self.position, self.whole = at, True
+                if progress:
+                    progress(clock.read(at, self))
+                if time.monotonic() >= self.save_at:
+                    self.save()
+            if self.max_tokens is not None and at.tokens >= self.max_tokens:
+                break
+        if at != self.position:
+            raise InvalidInput(
+                f"catalog: the corpus is not the one with which the build in {self.place} was begun: its first "
+                f"{resumed.rows:,} rows differ. Put it back as it was, or start anew with resume=False"
+            )
+        return at
+
+    def _look_at(self, batch: TokenBatch, special: NDArray[np.bool_], first_row: int) -> list[Unit]:
+        """A forward, and what each SAE makes of it."""
+        ids, documents = batch.ids.numpy(), batch.documents.numpy()
+        R, T = ids.shape
         flat = np.flatnonzero(~special)
-        if len(flat):
-            x = x[torch.from_numpy(flat).to(x.device)]
-            self._norm(x)
-            self._firings(x, flat, ids, documents, special)
-        self._rows |= {self._next_row + i: row.astype(np.int32) for i, row in enumerate(ids)}
-        self._next_row += len(ids)
-        self.tokens += len(flat)
-        self._batches += 1
-        if self._batches % PRUNE_EVERY == 0:
-            self._prune()
+        activations = capture(self.model, [sae.site for sae in self.saes], batch.ids)
+        norms = {site: x.float().norm(dim=-1).cpu().numpy() for site, x in activations.items()}
+        found = []
+        for sae in self.saes:
+            x = activations[sae.site].reshape(R * T, -1)
+            active = encode(sae, x[torch.from_numpy(flat).to(x.device)])
+            at = flat[active.tokens.cpu().numpy()]
+            firings = Firings(
+                latents=active.latents.cpu().numpy(),
+                values=active.values.float().cpu().numpy(),
+                rows=first_row + at // T,
+                positions=at % T,
+            )
+            found.append(Unit(ids, documents, special, norms[sae.site], first_row, firings))
+        return found
 
-    def _firings(
-        self, x: Tensor, flat: np.ndarray, ids: np.ndarray, documents: np.ndarray, special: np.ndarray
-    ) -> None:
-        active = self.sae.encode_active(x)
-        at = flat[active.tokens.cpu().numpy()]
-        T = ids.shape[1]
-        firings = Firings(
-            latents=active.latents.cpu().numpy(),
-            values=active.values.float().cpu().numpy(),
-            rows=self._next_row + at // T,
-            positions=at % T,
-            token_ids=ids.ravel()[at],
-            documents=documents.ravel()[at],
+    @property
+    def tokens(self) -> int:
+        return self.states[0].tokens
+
+
+class _Clock:
+    """How fast the pass is, and how long it will take."""
+
+    def __init__(self, corpus: Any, max_tokens: int | None, start: Position, tokens: int) -> None:
+        self._rows = len(corpus) if hasattr(corpus, "__len__") else None
+        self._max_tokens, self._start, self._tokens = max_tokens, start, tokens
+        self._begun = time.monotonic()
+
+    def _share(self, at: Position) -> float | None:
+        """Of the pass that is done."""
+        shares = [at.rows / self._rows] if self._rows else []
+        shares += [at.tokens / self._max_tokens] if self._max_tokens else []
+        return max(shares, default=None)
+
+    def read(self, at: Position, survey: _Survey) -> Progress:
+        seconds = max(1e-9, time.monotonic() - self._begun)
+        before, share = self._share(self._start), self._share(at)
+        left = None
+        if share is not None and before is not None and share > before:
+            left = max(0.0, seconds * (1 - share) / (share - before))
+        return Progress(
+            tokens=survey.tokens,
+            alive=sum(state.alive for state in survey.states),
+            latents=sum(sae.d_sae for sae in survey.saes),
+            tokens_per_second=(survey.tokens - self._tokens) / seconds,
+            seconds_left=left,
         )
-        self.moments.add(firings)
-        self.table.add(firings)
-        self.top.add(firings, documents, self._next_row, special)
-
-    def _norm(self, x: Tensor) -> None:
-        if self._normed < NORMS_KEPT:
-            self._norms.append(x.float().norm(dim=1).cpu().numpy())
-            self._normed += len(x)
-
-    def _prune(self) -> None:
-        kept = np.unique(self.top.row[self.top.value > 0])
-        self._rows = {int(row): self._rows[int(row)] for row in kept}
-
-    # Writing
-
-    def write(self, folder: Path, label: str) -> None:
-        self._prune()
-        sae = self.sae
-        directions = sae.directions().cpu()
-        tensors = to_tensors(sae)
-        write_tensors(folder / DIRECTIONS, tensors)
-        token_rows = self._write_tokens(folder)
-        labels = _labels(token_rows, sae.d_sae)
-        self._write_features(folder, labels)
-        self._write_contexts(folder)
-        self._write_histograms(folder)
-        effects = logit_effects(self.model, directions, sae.site, LOGITS_PER_LATENT)
-        write_table(folder, "logits", _logit_columns(effects, sae.d_sae))
-        index, cosine = nearest(directions, NEIGHBOURS_PER_LATENT)
-        write_table(folder, "neighbours", _ranked(sae.d_sae, neighbour=index, cosine=cosine))
-        vocabulary = list(range(self.model.cfg.d_vocab))
-        strings = token_strings(self.model.tokenizer, vocabulary)
-        write_table(folder, "vocabulary", {"token_id": np.array(vocabulary), "token": strings})
-        named = [i for i, text in enumerate(labels) if text]
-        texts = [_spell(labels[i], strings) for i in named]
-        write_table(
-            folder,
-            "explanations",
-            {
-                "feature": np.array(named, np.int32),
-                "method": ["top_tokens"] * len(named),
-                "model": [""] * len(named),
-                "text": texts,
-                "score": [None] * len(named),
-            },
-        )
-        write_json(folder / CATALOG, self._description(folder, label, tensors))
-
-    def _write_tokens(self, folder: Path) -> dict[str, Any]:
-        latents, ranks, ids, counts, sums = self.table.top(TOKENS_PER_LATENT, AT_LEAST)
-        columns = {
-            "feature": latents,
-            "rank": ranks,
-            "token_id": ids,
-            "count": counts,
-            "mean_activation": sums / np.maximum(1, counts),
-            "share": sums / np.maximum(1e-30, self.moments.sum[latents]),
-        }
-        write_table(folder, "tokens", columns)
-        return columns
-
-    def _write_features(self, folder: Path, labels: list[list[int]]) -> None:
-        sae, moments = self.sae, self.moments
-        strings = {i: token_strings(self.model.tokenizer, [i])[0] for i in {i for ids in labels for i in ids}}
-        write_table(
-            folder,
-            "features",
-            {
-                "feature": np.arange(sae.d_sae),
-                "density": moments.count / self.tokens,
-                "count": moments.count,
-                "max_activation": moments.max,
-                "mean_activation": moments.mean(),
-                "std_activation": moments.std(),
-                "decoder_norm": sae.directions().float().norm(dim=1).cpu().numpy(),
-                "encoder_cosine": encoder_cosine(sae.W_enc, sae.W_dec),
-                "label": [_spell(ids, strings) for ids in labels],
-            },
-        )
-
-    def _write_contexts(self, folder: Path) -> None:
-        top = self.top
-        latents, ranks = np.nonzero(top.value > 0)
-        numbers = {row: i for i, row in enumerate(sorted(self._rows))}
-        write_table(
-            folder,
-            "contexts",
-            {
-                "feature": latents,
-                "rank": ranks,
-                "document": top.document[latents, ranks],
-                "row": np.array([numbers[int(row)] for row in top.row[latents, ranks]], np.int32),
-                "start": top.start[latents, ranks],
-                "length": top.length[latents, ranks],
-                "peak": top.peak[latents, ranks] - top.start[latents, ranks],
-                "max_activation": top.value[latents, ranks],
-            },
-        )
-        which, offsets = np.nonzero(top.activations[latents, ranks])
-        write_table(
-            folder,
-            "activations",
-            {
-                "feature": latents[which],
-                "rank": ranks[which],
-                "offset": offsets,
-                "activation": top.activations[latents, ranks][which, offsets],
-            },
-        )
-        rows = [self._rows[row] for row in sorted(self._rows)]
-        lengths = [len(row) for row in rows]
-        write_table(
-            folder,
-            "corpus",
-            {
-                "row": np.repeat(np.arange(len(rows)), lengths),
-                "position": np.concatenate([np.arange(n) for n in lengths])
-                if rows
-                else np.zeros(0, np.int16),
-                "token_id": np.concatenate(rows) if rows else np.zeros(0, np.int32),
-            },
-        )
-
-    def _write_histograms(self, folder: Path) -> None:
-        latents, bins = np.nonzero(self.moments.histogram)
-        edges = bin_edges()
-        write_table(
-            folder,
-            "histograms",
-            {
-                "feature": latents,
-                "low": edges[bins],
-                "high": edges[bins + 1],
-                "count": self.moments.histogram[latents, bins],
-            },
-        )
-
-    def _description(self, folder: Path, label: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        model, sae = self.model, self.sae
-        strings = token_strings(model.tokenizer, list(self.excluded))
-        return {
-            "schema": SCHEMA_VERSION,
-            "model": {
-                "name": sae.model_name or str(model.cfg.model_name),
-                "hash": model_hash(model),
-                "tokenizer_hash": tokenizer_hash(model.tokenizer),
-                "dtype": str(model.cfg.dtype).removeprefix("torch."),
-            },
-            "sae": to_cfg(sae, tensors),
-            "site": sae.site,
-            "corpus": {"label": Path(label).name, "tokens": self.tokens},
-            "excluded": dict(zip(strings, self.excluded, strict=True)),
-            "median_norm": float(np.median(np.concatenate(self._norms))),
-            "contexts": {"per_feature": self.top.n, "window": self.top.window},
-            "definitions": {
-                "density": "share of evaluated tokens on which the feature is active",
-                "share": "share of the feature's summed activation that falls on the token",
-                "effect": "decoder direction, centred for LayerNorm and times the final norm's gain, through W_U",
-                "median_norm": "median L2 norm of the activations at the site over evaluated tokens",
-            },
-            "files": {path.name: sha256_of_file(path) for path in sorted(folder.iterdir())},
-        }
-
-
-def _ranked(d_sae: int, **columns: np.ndarray) -> dict[str, Any]:
-    """[S, k] arrays as columns with feature and rank."""
-    k = next(iter(columns.values())).shape[1]
-    return {
-        "feature": np.repeat(np.arange(d_sae), k),
-        "rank": np.tile(np.arange(k), d_sae),
-        **{name: values.ravel() for name, values in columns.items()},
-    }
-
-
-def _logit_columns(effects: tuple[Tensor, ...] | None, d_sae: int) -> dict[str, Any]:
-    if effects is None:
-        empty = np.zeros(0, np.int32)
-        return {
-            "feature": empty,
-            "rank": empty,
-            "raised": np.zeros(0, bool),
-            "token_id": empty,
-            "effect": empty,
-        }
-    up_ids, up, down_ids, down = (part.numpy() for part in effects)
-    k = up.shape[1]
-    return {
-        "feature": np.repeat(np.arange(d_sae), 2 * k),
-        "rank": np.tile(np.r_[np.arange(k), np.arange(k)], d_sae),
-        "raised": np.tile(np.r_[np.ones(k, bool), np.zeros(k, bool)], d_sae),
-        "token_id": np.concatenate([up_ids, down_ids], axis=1).ravel(),
-        "effect": np.concatenate([up, down], axis=1).ravel(),
-    }
-
-
-def _labels(tokens: dict[str, Any], d_sae: int, n: int = 3) -> list[list[int]]:
-    """Per latent, the ids of the tokens that carry most of its activation."""
-    order = np.lexsort((-tokens["share"], tokens["feature"]))
-    labels: list[list[int]] = [[] for _ in range(d_sae)]
-    for latent, token in zip(
-        tokens["feature"][order].tolist(), tokens["token_id"][order].tolist(), strict=True
-    ):
-        if len(labels[latent]) < n:
-            labels[latent].append(token)
-    return labels
-
-
-def _spell(ids: list[int], strings: Any) -> str:
-    return ", ".join(strings[i].strip() or repr(strings[i]) for i in ids)

@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
+from saekit.catalog.relations import Neighbour
+from saekit.catalog.said import Explanation
+from saekit.catalog.tables import TOP
 from saekit.steering.edits import Edit, Steerable
 from saekit.steering.kinds import Kind, Unit
 
@@ -36,16 +40,16 @@ class TokenEffect:
 
 
 @dataclass(frozen=True)
-class Neighbour:
-    """A feature whose decoder row is near."""
+class Neuron:
+    """A neuron of the MLP that the feature's direction lies along."""
 
-    feature: int
+    neuron: int
     cosine: float
 
 
 @dataclass(frozen=True)
 class Bin:
-    """One bar of the activation histogram: activations in [low, high)."""
+    """One bar of a histogram: values in [low, high)."""
 
     low: float
     high: float
@@ -60,6 +64,8 @@ class Context:
     activations: list[float]  # per token, 0 where the feature is silent
     peak: int  # index of the maximum among the tokens
     document: int  # number of the document in the corpus
+    norm: float  # ‖x‖ at the peak over the median one
+    sink: bool  # whether that norm is far out of the ordinary: an attention sink says little about a feature
     token_ids: list[int] = field(repr=False)
 
     @property
@@ -69,6 +75,16 @@ class Context:
     def __str__(self) -> str:
         before, after = "".join(self.tokens[: self.peak]), "".join(self.tokens[self.peak + 1 :])
         return f"{before}«{self.tokens[self.peak]}»{after}"
+
+
+@dataclass(frozen=True)
+class Band:
+    """One of the equal parts of a feature's active range, and a sample of what lies in it."""
+
+    low: float
+    high: float  # activations in (low, high]
+    share: float  # of its firings, by the histogram: a bin that straddles an edge is divided evenly in log activation
+    contexts: list[Context]  # in the order in which they were drawn, at most one per document
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +106,17 @@ class Feature(Steerable):
     @cached_property
     def contexts(self) -> list[Context]:
         """Top contexts, strongest first, at most one per document."""
-        return self.catalog._contexts(self.index)
+        return self.catalog._contexts(self.index, TOP)
+
+    @cached_property
+    def bands(self) -> list[Band]:
+        """The active range (0, max] in equal parts, weakest first; none for a feature that never fired."""
+        n = int(self.catalog.info["contexts"]["bands"])
+        edges = [self.max_activation * b / n for b in range(n + 1)]
+        return [
+            Band(edges[b - 1], edges[b], share, self.catalog._contexts(self.index, b))
+            for b, share in enumerate(shares(self.histogram, self.max_activation, n), 1)
+        ]
 
     @cached_property
     def top_tokens(self) -> list[TokenStat]:
@@ -122,33 +148,67 @@ class Feature(Steerable):
     @cached_property
     def histogram(self) -> list[Bin]:
         """Log-spaced counts of its activations."""
+        return self._bins("activation")
+
+    @cached_property
+    def effects(self) -> list[Bin]:
+        """Even-spaced counts of its effects on the logits of all tokens; empty where it writes to no residual stream."""
+        return self._bins("effect")
+
+    def _bins(self, of: str) -> list[Bin]:
         rows = self.catalog._rows("histograms", self.index)
         return [
             Bin(float(a), float(b), int(n))
-            for a, b, n in zip(rows["low"], rows["high"], rows["count"], strict=True)
+            for a, b, n, kind in zip(rows["low"], rows["high"], rows["count"], rows["of"], strict=True)
+            if kind == of
         ]
 
     @cached_property
     def neighbours(self) -> list[Neighbour]:
-        """Features with the nearest decoder rows."""
+        """Features with the nearest decoder rows, by cosine."""
+        return self._near("decoder")
+
+    @cached_property
+    def coactive(self) -> list[Neighbour]:
+        """Features that fire on the same tokens, by the Jaccard index, estimated from a sample of their firings."""
+        return self._near("firing")
+
+    def _near(self, by: str) -> list[Neighbour]:
         rows = self.catalog._rows("neighbours", self.index)
-        return [Neighbour(int(i), float(c)) for i, c in zip(rows["neighbour"], rows["cosine"], strict=True)]
+        return [
+            Neighbour(int(i), float(s))
+            for i, s, kind in zip(rows["neighbour"], rows["similarity"], rows["by"], strict=True)
+            if kind == by
+        ]
+
+    @cached_property
+    def neurons(self) -> list[Neuron]:
+        """Neurons by |cosine| with the direction; empty where the site is not an MLP's."""
+        rows = self.catalog._rows("neurons", self.index)
+        return [Neuron(int(i), float(c)) for i, c in zip(rows["neuron"], rows["cosine"], strict=True)]
+
+    @property
+    def explanations(self) -> list[Explanation]:
+        """All that is said about it, each with its scores."""
+        return self.catalog._said.of(self.index)
 
     @property
     def explanation(self) -> str | None:
-        """What it means, by the best-scored explanation; its three strongest tokens where nobody said more."""
-        rows = self.catalog._rows("explanations", self.index)
-        best = sorted(
-            range(len(rows["text"])),
-            key=lambda i: -(rows["score"][i] if rows["score"][i] == rows["score"][i] else -1),
-        )
-        return rows["text"][best[0]] if best else None
+        """What it means: a person's note, else the best-scored explanation, else the first, else its three strongest
+        tokens; None for a feature of which nothing is known."""
+        return self.catalog._said.best(self.index) or self.label or None
+
+    @property
+    def score(self) -> float | None:
+        """How well the best of its explanations predicts it (see `Explanation.score`); None where none is scored."""
+        score = float(self.catalog.score[self.index])
+        return None if np.isnan(score) else score
 
     def edit(self, kind: Kind, strength: float = 0.0, unit: Unit = "raw") -> Edit:
         catalog = self.catalog
         return Edit(
             kind,
-            catalog.site,
+            catalog.target_site,
             self.direction,
             strength,
             unit,
@@ -156,7 +216,7 @@ class Feature(Steerable):
             latent=self.index,
             sae=catalog.sae,
             max_activation=self.max_activation or None,
-            norm=catalog.median_norm,
+            norm=catalog.median_norm if catalog.target_site == catalog.site else None,
         )
 
     def figure(self) -> Figure:
@@ -167,16 +227,40 @@ class Feature(Steerable):
 
     def summary(self) -> str:
         """The record in a few lines, without contexts."""
+        score = "" if self.score is None else f"  (score {self.score:.2f})"
         lines = [
-            f"feature {self.index}: {self.explanation or 'never fired'}",
+            f"feature {self.index}: {self.explanation or 'never fired'}{score}",
             f"  fires on {self.density:.3%} of tokens, max {self.max_activation:.3g}",
             "  tokens   "
             + ", ".join(f"{t.token!r} {t.mean_activation:.3g} (×{t.count})" for t in self.top_tokens[:6]),
             "  raises   " + ", ".join(repr(t.token) for t in self.logits_top[:8]),
             "  lowers   " + ", ".join(repr(t.token) for t in self.logits_bottom[:8]),
-            "  near     " + ", ".join(f"{n.feature} ({n.cosine:.2f})" for n in self.neighbours[:5]),
+            "  near     " + ", ".join(f"{n.feature} ({n.similarity:.2f})" for n in self.neighbours[:5]),
         ]
+        if self.coactive:
+            lines.append(
+                "  with     " + ", ".join(f"{n.feature} ({n.similarity:.2f})" for n in self.coactive[:5])
+            )
+        if self.neurons:
+            lines.append("  neurons  " + ", ".join(f"{n.neuron} ({n.cosine:+.2f})" for n in self.neurons[:5]))
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return "\n".join([self.summary(), *(f"  {c.max_activation:8.3g}  {c}" for c in self.contexts[:5])])
+
+
+def shares(histogram: list[Bin], top: float, n: int) -> list[float]:
+    """Shares of the firings in the n equal parts of (0, top], from counts in log-spaced bins.
+
+    Inside a bin, firings are taken to lie evenly in log activation; the last bin ends at the maximum.
+    """
+    if not histogram or top <= 0:
+        return []
+    low, high, count = (np.array([getattr(b, name) for b in histogram]) for name in ("low", "high", "count"))
+    high[-1] = max(top, low[-1] * (1 + 1e-6))
+    edges = np.log(np.maximum(top * np.arange(n + 1) / n, np.finfo(float).tiny))
+    below = ((edges[:, None] - np.log(low)) / (np.log(high) - np.log(low))).clip(
+        0, 1
+    )  # [n + 1, bins] part below each edge
+    below[-1] = 1
+    return (np.diff(below, axis=0) @ count / count.sum()).tolist()

@@ -16,15 +16,17 @@ import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from saekit import embedded
-from saekit.catalog.tables import ByFeature
 from saekit.errors import FileMissing, UnknownName
 
 if TYPE_CHECKING:
-    from saekit.catalog.feature import Context, Feature
+    from saekit.catalog.feature import Band, Context, Feature
     from saekit.catalog.store import Catalog
 
-SHARD = 64  # features per file: some 300 kB at 20 contexts of 64 tokens
+SHARD = 64  # features per file: some 400 kB at 20 contexts of 64 tokens, and 20 of bands
+AROUND = 24  # tokens of a band's context that the page shows
 
 
 class PageData:
@@ -33,7 +35,6 @@ class PageData:
     def __init__(self, catalog: Catalog, *, live: bool = False) -> None:
         self.catalog = catalog
         self.live = live  # whether a server with the model answers beside the page
-        self._explanations = ByFeature(catalog.table("explanations"))
 
     def names(self) -> list[str]:
         shards = math.ceil(len(self.catalog) / SHARD)
@@ -78,66 +79,74 @@ class PageData:
 
     def _search(self) -> dict[str, Any]:
         """Per token, flat pairs (feature, share) where features fire on it and (feature, rank) where they raise it."""
-        fires: dict[int, list[float | None]] = defaultdict(list)
-        raised: dict[int, list[int]] = defaultdict(list)
         tokens, logits = self.catalog.table("tokens"), self.catalog.table("logits")
-        columns = (tokens[name].to_pylist() for name in ("token_id", "feature", "share"))
-        for token, feature, share in zip(*columns, strict=True):
-            fires[token] += [feature, _short(share)]
+        fires = _by_token(tokens, [_short(x) for x in tokens["share"].to_pylist()])
         logits = logits.filter(logits["raised"])
-        columns = (logits[name].to_pylist() for name in ("token_id", "feature", "rank"))
-        for token, feature, rank in zip(*columns, strict=True):
-            raised[token] += [feature, rank]
+        raised = _by_token(logits, logits["rank"].to_pylist())
         words = [
             [self.catalog.token(i), fires.get(i, []), raised.get(i, [])] for i in sorted({*fires, *raised})
         ]
-        said = [
-            [feature, text]
-            for feature, text, method in zip(
-                *(self._explanations.column(name) for name in ("feature", "text", "method")), strict=True
-            )
-            if method != "top_tokens"  # it repeats the tokens, which are here already
-        ]
-        return {"words": words, "said": [[int(feature), text] for feature, text in said]}
+        return {"words": words, "said": self.catalog._said.beyond_tables()}
 
     def _shard(self, n: int) -> dict[str, Any]:
         """Records of features n · SHARD and up; contexts hold indices into the shard's own list of tokens."""
         catalog = self.catalog
         here = [catalog[i] for i in range(n * SHARD, min((n + 1) * SHARD, len(catalog)))]
-        ids = sorted({i for feature in here for context in feature.contexts for i in context.token_ids})
+        bands = [feature.bands for feature in here]
+        shown = [context for feature in here for context in feature.contexts]
+        shown += [context for found in bands for band in found for context in band.contexts]
+        ids = sorted({i for context in shown for i in context.token_ids})
         place = {token_id: i for i, token_id in enumerate(ids)}
         return {
             "tokens": [catalog.token(i) for i in ids],
-            "features": [self._record(feature, place) for feature in here],
+            "features": [self._record(*both, place) for both in zip(here, bands, strict=True)],
         }
 
-    def _record(self, feature: Feature, place: dict[int, int]) -> dict[str, Any]:
-        said = self._explanations.rows(feature.index)
+    def _record(self, feature: Feature, bands: list[Band], place: dict[int, int]) -> dict[str, Any]:
         return {
             "mean": _short(feature.mean_activation),
             "contexts": [_context(context, place) for context in feature.contexts],
+            "bands": [
+                [
+                    *(_short(x) for x in (band.low, band.high, band.share)),
+                    [_context(context, place, AROUND) for context in band.contexts],
+                ]
+                for band in bands
+            ],
             "histogram": [[_short(b.low), _short(b.high), b.count] for b in feature.histogram],
             "tokens": [
                 [t.token, _short(t.mean_activation), t.count, _short(t.share)] for t in feature.top_tokens
             ],
             "raised": [[t.token, _short(t.effect)] for t in feature.logits_top],
             "lowered": [[t.token, _short(t.effect)] for t in feature.logits_bottom],
-            "neighbours": [[n.feature, _short(n.cosine)] for n in feature.neighbours],
-            "explanations": [
-                [method, text, _short(float(score))]
-                for method, text, score in zip(said["method"], said["text"], said["score"], strict=True)
-            ],
+            "neighbours": [[n.feature, _short(n.similarity)] for n in feature.neighbours],
+            "coactive": [[n.feature, _short(n.similarity)] for n in feature.coactive],
+            "explanations": [[e.method, e.text, _short_or_null(e.score)] for e in feature.explanations],
         }
 
 
-def _context(context: Context, place: dict[int, int]) -> dict[str, Any]:
-    """Token indices; flat pairs (offset, activation) where the feature fires."""
-    firings = [x for i, a in enumerate(context.activations) if a for x in (i, _short(a))]
+def _by_token(table: pa.Table, figures: list[Any]) -> dict[int, list[Any]]:
+    """Token id → [feature, figure, feature, figure, …]."""
+    found: dict[int, list[Any]] = defaultdict(list)
+    for token, feature, figure in zip(
+        table["token_id"].to_pylist(), table["feature"].to_pylist(), figures, strict=True
+    ):
+        found[token] += (feature, figure)
+    return found
+
+
+def _context(context: Context, place: dict[int, int], around: int | None = None) -> dict[str, Any]:
+    """Token indices; flat pairs (offset, activation) where the feature fires. around: keep so many tokens at the peak."""
+    n = len(context.tokens)
+    start = 0 if around is None else max(0, min(context.peak - around * 5 // 8, n - around))
+    end = n if around is None else min(n, start + around)
+    firings = [x for i, a in enumerate(context.activations[start:end]) if a for x in (i, _short(a))]
     return {
         "document": context.document,
-        "peak": context.peak,
-        "tokens": [place[i] for i in context.token_ids],
+        "peak": context.peak - start,
+        "tokens": [place[i] for i in context.token_ids[start:end]],
         "firings": firings,
+        **({"sink": True} if context.sink else {}),
     }
 
 
@@ -154,6 +163,10 @@ def _name(catalog: Catalog) -> str:
 def _short(number: float) -> float | None:
     """Three significant digits; null for NaN, which JSON lacks."""
     return float(f"{number:.3g}") if math.isfinite(number) else None
+
+
+def _short_or_null(number: float | None) -> float | None:
+    return None if number is None else _short(number)
 
 
 def _literal(value: Any) -> str:

@@ -10,6 +10,7 @@ B tokens, D = d_in, S = d_sae, n chosen pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,14 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saekit.sae import kernels, memory
-from saekit.sae.pairs import At, Grid, Pairs
+from saekit.sae.pairs import Above, At, Grid, Pairs, rounded
 from saekit.sae.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from saekit.sae.model import SAE
 
 TILE = 512  # tokens: fewer make the product slower, more no longer fit the cache
-DENSE = 1 / 6  # share of all pairs from which dense products win over sums over pairs (LOG.md, November 2026)
+FIRST = 128  # tokens that tell how many pairs exceed their bounds
+DENSE = 1 / 12  # share of all pairs from which dense products beat sums over pairs (LOG.md, November 2026)
 SAMPLE, MARGIN = 64, 1.5  # BatchTopK: tokens that say where to cut, and pairs to collect for each one wanted
 
 
@@ -33,8 +35,7 @@ def top_k(sae: SAE, x: Tensor, k: int, dtype: torch.dtype, ranks: Ranks = ALONE)
     shifted = _shifted(sae, x)
     bias = sae.encoder_bias.detach()
     own = min(k, len(bias))
-    found = [kernels.top_k(tile, bias, own) for tile in _tiles(sae, shifted, dtype)]
-    values, latents = (torch.cat(parts) for parts in zip(*found, strict=True))
+    values, latents = _top_k(_tiles(sae, shifted, dtype), bias, own, len(x))
     return _of_all(sae, shifted, values, Pairs.of_rows(latents, len(bias), ranks), k)
 
 
@@ -56,25 +57,22 @@ def largest(sae: SAE, x: Tensor, n: int, dtype: torch.dtype, ranks: Ranks = ALON
     return _with_graph(sae, shifted, values, Pairs(latents, starts, len(bias), ranks))
 
 
-def above(sae: SAE, x: Tensor, bounds: Tensor, dtype: torch.dtype, ranks: Ranks = ALONE) -> tuple[At, Tensor]:
-    """The pre-activations of x [B, D] that exceed their latent's bound [S] → where they are, and p with a graph.
+def above(sae: SAE, x: Tensor, bounds: Tensor, dtype: torch.dtype, ranks: Ranks = ALONE) -> At:
+    """The pre-activations of x [B, D] that exceed their latent's bound [S], with a graph.
 
-    Everywhere (`Grid`), where the first tile has too many of them, and on a GPU, which would have to wait for their number.
+    All of them (`Grid`), where the first tokens have too many, and on a GPU, which would have to wait for their number.
     """
     shifted, bias = _shifted(sae, x), sae.encoder_bias.detach()
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for tile in () if x.is_cuda else _tiles(sae, shifted, dtype):
+    for tile in () if x.is_cuda else _tiles(sae, shifted, dtype, first=FIRST):
         found.append(kernels.above(tile, bias, bounds))
         if len(found) == 1 and len(found[0][0]) > DENSE * tile.numel():
             found.clear()
             break
     if not found:
-        grid = Grid(dtype, ranks)
-        return grid, grid.preactivations(
-            x if sae.shift is None else x - sae.shift, sae.W_enc, sae.encoder_bias
-        )
+        return Grid(shifted, sae.W_enc, sae.encoder_bias, sae.shift, dtype, ranks)
     values, latents, starts = _joined(found)
-    return _with_graph(sae, shifted, values, Pairs(latents, starts, len(bias), ranks))
+    return Above(*_with_graph(sae, shifted, values, Pairs(latents, starts, len(bias), ranks)))
 
 
 def at_latents(
@@ -83,8 +81,7 @@ def at_latents(
     """The k largest (or all) of each token's pre-activations at some latents [m] → pairs, and p [B · k] with a graph."""
     shifted, bias = _shifted(sae, x), sae.encoder_bias.detach()[latents]
     own = min(k, len(latents))
-    found = [kernels.top_k(tile, bias, own) for tile in _tiles(sae, shifted, dtype, latents)]
-    values, chosen = (torch.cat(parts) for parts in zip(*found, strict=True))
+    values, chosen = _top_k(_tiles(sae, shifted, dtype, latents), bias, own, len(x))
     return _of_all(sae, shifted, values, Pairs.of_rows(latents[chosen], len(sae.encoder_bias), ranks), k)
 
 
@@ -97,24 +94,33 @@ def _with_graph(sae: SAE, shifted: Tensor, values: Tensor, pairs: Pairs) -> tupl
 
 
 @torch.no_grad()
-def _tiles(sae: SAE, shifted: Tensor, dtype: torch.dtype, latents: Tensor | None = None) -> Iterator[Tensor]:
+def _tiles(
+    sae: SAE, shifted: Tensor, dtype: torch.dtype, latents: Tensor | None = None, *, first: int | None = None
+) -> Iterator[Tensor]:
     """Products with the encoder (at some latents [m]), without its bias: [T, S or m] in `dtype`, a tile of tokens at a time.
 
-    The next tile overwrites the last one.
+    The next tile overwrites the last one. first: tokens of the first one, should it be smaller.
     """
-    rows = sae.W_enc.t() if latents is None else sae.W_enc.t()[latents]
-    operand = rows
-    if rows.dtype != dtype:
-        operand = memory.take(tuple(rows.shape), dtype, rows.device).copy_(rows)
-    tokens = len(shifted) if shifted.is_cuda else min(TILE, len(shifted))
+    rows = rounded(sae.W_enc.t() if latents is None else sae.W_enc.t()[latents], dtype)
+    B = len(shifted)
+    tokens = B if shifted.is_cuda else min(TILE, B)
     out = memory.take((tokens, len(rows)), dtype, rows.device)
-    try:
-        for tile in shifted.to(dtype).split(max(1, tokens)):
-            yield torch.mm(tile, operand.t(), out=out[: len(tile)])
-    finally:
-        memory.give(out)
-        if operand is not rows:
-            memory.give(operand)
+    # A process may have no rows of a batch: then there is one empty tile.
+    starts = [0, *range(max(1, min(first or tokens, tokens)), B, max(1, tokens))]
+    for start, end in pairwise([*starts, B]):
+        tile = shifted[start:end].to(dtype)
+        yield torch.mm(tile, rows.t(), out=out[: len(tile)])
+
+
+def _top_k(tiles: Iterator[Tensor], bias: Tensor, k: int, B: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each of B tokens: values and latents [B, k]."""
+    values, latents = (memory.take((B, k), dtype, bias.device) for dtype in (bias.dtype, torch.int64))
+    start = 0
+    for tile in tiles:
+        end = start + len(tile)
+        values[start:end], latents[start:end] = kernels.top_k(tile, bias, k)
+        start = end
+    return values, latents
 
 
 def _joined(found: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""The sparse work of a training step: choosing pairs of token and latent, and the sums over the chosen ones.
+"""The work of a training step that is not a product: choosing pairs of token and latent, sums over the chosen ones, and what
+is done to each latent of each token where none are chosen.
 
 Every function says what it computes in plain torch, and is that wherever nothing better is at hand; on a CPU with a
 compiler it is `native.cpp`, on a GPU with Triton `triton_kernels.py`, equal to rounding. Nothing here knows of autograd
@@ -80,17 +81,33 @@ def by_latent(latents: Tensor, tokens: Tensor, d_sae: int) -> tuple[Tensor, Tens
     return order, tokens[order], starts
 
 
-def segment_sum(index: Tensor, weights: Tensor, starts: Tensor, table: Tensor) -> Tensor:
-    """Σ over each segment of weights[i] · table[index[i]]: index, weights [n], starts [m + 1], table [R, W] → [m, W]."""
+def segment_sum(
+    index: Tensor, weights: Tensor, starts: Tensor, table: Tensor, order: Tensor | None = None
+) -> Tensor:
+    """Σ over each segment of weights[i], or weights[order[i]], · table[index[i]].
+
+    index, weights, order: [n]; starts [m + 1]; table [R, W] → [m, W].
+    """
     if native.usable(index, weights, starts, table):
         out = memory.take((len(starts) - 1, table.shape[1]), table.dtype, table.device)
-        native.call("segment_sum", index, weights, starts, len(starts) - 1, table, table.shape[1], out)
+        m, W = out.shape
+        native.call("segment_sum", index, weights, order, starts, m, table, W, out)
         return out
+    weights = weights if order is None else weights[order]
     if triton := _triton(weights, table):
         return triton.segment_sum(index, weights, starts, table)
     return F.embedding_bag(
         index, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
+
+
+def segment_total(weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """Σ over each segment of weights[order[i]]: weights, order [n], starts [m + 1] → [m]."""
+    if native.usable(weights, order, starts):
+        out = weights.new_empty(len(starts) - 1)
+        native.call("segment_total", weights, order, starts, len(out), out)
+        return out
+    return torch.segment_reduce(weights[order], "sum", offsets=starts, unsafe=True)
 
 
 def pair_dots(tokens: Tensor, latents: Tensor, starts: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -132,6 +149,88 @@ def decode_error(
         return triton.decode_error(tokens, latents, starts, values, rows, rest)
     error = rest - segment_sum(latents, values, starts, rows)
     return error, error.square().sum(1), pair_dots(tokens, latents, starts, error, rows)
+
+
+# Every latent of every token, [S, B]: a row per latent, whose sums are then sums of a row
+
+
+def jump(p: Tensor, bias: Tensor, threshold: Tensor, half: float) -> tuple[Tensor, Tensor]:
+    """In the place of p: f = p + bias where that exceeds its latent's threshold, else 0 → Σ f and how many are positive, [S].
+
+    Where p + bias is less than `half` below the threshold, the zero is −0.0, so that `jump_back` need not see p again. At
+    threshold 0 this is ReLU. p: [S, B], bfloat16 or what bias and threshold [S] are; f is rounded as p is, then summed.
+    """
+    if _takes(p, bias, threshold):
+        sums, counts = torch.empty_like(bias), torch.empty_like(bias)
+        native.call(_typed("jump", p), p, bias, threshold, half, *p.shape, sums, counts)
+        return sums, counts
+    v, bound = p + bias[:, None], threshold[:, None]
+    below = v <= bound
+    v.masked_fill_(below, 0.0).masked_fill_(below & (p + bias[:, None] > bound - half), -0.0)
+    p.copy_(v)
+    return _positive(p, bias.dtype)
+
+
+def jump_back(
+    f: Tensor, g: Tensor, threshold: Tensor, lift: Tensor, half: float, felt: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """∂p of `jump` [S, B] of g = ∂f: g + lift where f > 0, and felt · threshold · g more where p is near the threshold.
+
+    And of each latent: Σ ∂p, Σ g where p is near, and how often it is. f, g: [S, B]; threshold, lift: [S].
+    """
+    out = memory.take(tuple(f.shape), f.dtype, f.device)
+    if _takes(f, threshold, lift) and _takes(g):
+        sums, near_sums, near_counts = (torch.empty_like(lift) for _ in range(3))
+        native.call(
+            _typed("jump_back", f), f, g, threshold, lift, half, felt, *f.shape, out, sums, near_sums, near_counts
+        )  # fmt: skip
+        return out, sums, near_sums, near_counts
+    fires, theta = f > 0, threshold[:, None]
+    near = fires & (f - theta < half) | (f == 0) & f.signbit()
+    there = torch.where(near, g, 0).to(lift.dtype)
+    r = torch.where(fires, g + lift[:, None], 0) + felt * theta * there
+    return out.copy_(r), r.sum(1), there.sum(1), near.sum(1, dtype=lift.dtype)
+
+
+def gate(p: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In the place of p: gate = ReLU(p + bias) → f = ReLU(a · gate + b) where gate > 0 [S, B], Σ gate, how many f are positive.
+
+    p: [S, B], bfloat16 or what bias, a and b [S] are; the gate is rounded as p is, before it is used.
+    """
+    f = memory.take(tuple(p.shape), p.dtype, p.device)
+    if _takes(p, bias, a, b):
+        sums, counts = torch.empty_like(bias), torch.empty_like(bias)
+        native.call(_typed("gate", p), p, bias, a, b, *p.shape, f, sums, counts)
+        return f, sums, counts
+    p.copy_((p + bias[:, None]).relu_())
+    f.copy_((a[:, None] * p + b[:, None]).relu_().masked_fill_(p <= 0, 0))
+    return f, _positive(p, bias.dtype)[0], _positive(f, bias.dtype)[1]
+
+
+def gate_back(
+    gate: Tensor, g_gate: Tensor, g_f: Tensor, a: Tensor, b: Tensor, lift: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """∂p of `gate` [S, B]: g_gate + lift where the gate is open, and a · g_f more where f > 0.
+
+    And of each latent: Σ ∂p, ∂a and ∂b. gate, g_gate, g_f: [S, B]; a, b, lift: [S].
+    """
+    out = memory.take(tuple(gate.shape), gate.dtype, gate.device)
+    if _takes(gate, a, b, lift) and _takes(g_gate) and _takes(g_f):
+        sums, g_a, g_b = (torch.empty_like(lift) for _ in range(3))
+        native.call(
+            _typed("gate_back", gate), gate, g_gate, g_f, a, b, lift, *gate.shape, out, sums, g_a, g_b
+        )  # fmt: skip
+        return out, sums, g_a, g_b
+    opened = gate > 0
+    h = torch.where(opened & (a[:, None] * gate + b[:, None] > 0), g_f, 0).to(lift.dtype)
+    r = torch.where(opened, g_gate + lift[:, None], 0) + a[:, None] * h
+    return out.copy_(r), r.sum(1), (h * gate).sum(1), h.sum(1)
+
+
+def _positive(f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of each row of f [S, B] the sum of its positive entries, and how many there are, in a dtype."""
+    fires = f > 0
+    return torch.where(fires, f, 0).sum(1, dtype=dtype), fires.sum(1, dtype=dtype)
 
 
 def _triton(*tensors: Tensor) -> ModuleType | None:

@@ -28,6 +28,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saekit.errors import InvalidInput, UnknownFeature
+from saekit.sae import memory
 from saekit.sae.architectures import ARCHITECTURES, Architecture
 
 if TYPE_CHECKING:
@@ -436,9 +437,11 @@ class _RowNorms(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         rows, norms = ctx.saved_tensors
         slopes = g[:, None] / norms.clamp_min(torch.finfo(norms.dtype).tiny)  # 0 for a row of zeros
-        parts = zip(rows.split(list(ctx.widths), dim=1), slopes.unbind(1), strict=True)
-        found = [part * slope[:, None] for part, slope in parts]
-        return found[0] if len(found) == 1 else torch.cat(found, dim=1), None
+        found = memory.take(tuple(rows.shape), rows.dtype, rows.device)
+        parts = (tensor.split(list(ctx.widths), dim=1) for tensor in (rows, found))
+        for part, out, slope in zip(*parts, slopes.unbind(1), strict=True):
+            torch.mul(part, slope[:, None], out=out)
+        return found, None
 
 
 def _random_rows(n: int, width: int, norm: float, draw: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-// The sparse work of a training step on a CPU. Each function has a plain-torch twin in kernels.py, which is what runs where
+// The work of a training step on a CPU that is not a product. Each function has a plain-torch twin in kernels.py, which is what runs where
 // no compiler is found, and which the tests hold it against. Rows are split over threads; no result depends on the split.
 //
 // B tokens, S = d_sae, W a row's width, n chosen (token, latent) pairs.
@@ -20,6 +20,7 @@ typedef int64_t i64;
 typedef uint16_t bf16;
 typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
 
 constexpr int LANES = 16, UNROLL = 16, PANEL = LANES * UNROLL;  // columns summed in registers at a time
@@ -36,6 +37,44 @@ inline f32x16 load(const float* p) { return *reinterpret_cast<const f32x16*>(p);
 inline void store(float* p, f32x16 v) { *reinterpret_cast<f32x16*>(p) = v; }
 inline f32x16 load(const bf16* p) {
   return (f32x16)(__builtin_convertvector(*reinterpret_cast<const u16x16*>(p), u32x16) << 16);
+}
+inline f32x16 all(float x) { return x - f32x16{}; }
+inline f32x16 where(i32x16 mask, f32x16 a, f32x16 b) { return (f32x16)((mask & (i32x16)a) | (~mask & (i32x16)b)); }
+
+// v as memory of a type holds it: a bfloat16 is the upper half, the nearest one, of two the even one; NaN stays NaN.
+inline f32x16 rounded(f32x16 v, const float*) { return v; }
+inline f32x16 rounded(f32x16 v, const bf16*) {
+  u32x16 bits = (u32x16)v;
+  u32x16 nearest = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+  return where(v == v, (f32x16)nearest, (f32x16)(bits | 0x400000));
+}
+inline void store(bf16* p, f32x16 v) {
+  *reinterpret_cast<u16x16*>(p) = __builtin_convertvector((u32x16)rounded(v, p) >> 16, u16x16);
+}
+
+// A row of n entries, LANES at a time: f(first, how many), of which the last may be fewer.
+template <class F>
+inline void along(i64 n, F f) {
+  i64 i = 0;
+  for (; i + LANES <= n; i += LANES) f(i, i64(LANES));
+  if (i < n) f(i, n - i);
+}
+template <class T>
+inline f32x16 load(const T* p, i64 n) {
+  if (n == LANES) return load(p);
+  T padded[LANES] = {};
+  std::memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+template <class T>
+inline void store(T* p, f32x16 v, i64 n) {
+  if (n == LANES) return store(p, v);
+  T padded[LANES];
+  store(padded, v);
+  std::memcpy(p, padded, n * sizeof(T));
+}
+inline i32x16 first(i64 n) {
+  return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < int32_t(n);
 }
 
 // f(begin, end) over parts of [0, n), one part a thread: torch's own threads where they are OpenMP's, which otherwise spin
@@ -181,14 +220,15 @@ void above(const T* p, i64 stride, const float* bias, const float* bounds, i64 B
   });
 }
 
-// row = Σ weights[i] · table[index[i]] over the pairs i from begin to end.
-void weighted_rows(const i64* index, const float* weights, i64 begin, i64 end, const float* table, i64 W, float* row) {
+// row = Σ weight(i) · table[index[i]] over the pairs i from begin to end.
+template <class F>
+inline void weighted_rows(const i64* index, F weight_of, i64 begin, i64 end, const float* table, i64 W, float* row) {
   i64 column = 0;
   for (; column + PANEL <= W; column += PANEL) {
     f32x16 sum[UNROLL] = {};
     for (i64 i = begin; i < end; ++i) {
       const float* from = table + index[i] * W + column;
-      f32x16 weight = weights[i] - f32x16{};
+      f32x16 weight = all(weight_of(i));
 #pragma GCC unroll 16
       for (int u = 0; u < UNROLL; ++u) sum[u] += weight * load(from + u * LANES);
     }
@@ -197,20 +237,23 @@ void weighted_rows(const i64* index, const float* weights, i64 begin, i64 end, c
   }
   for (; column + LANES <= W; column += LANES) {
     f32x16 sum = {};
-    for (i64 i = begin; i < end; ++i) sum += weights[i] * load(table + index[i] * W + column);
+    for (i64 i = begin; i < end; ++i) sum += weight_of(i) * load(table + index[i] * W + column);
     store(row + column, sum);
   }
   for (; column < W; ++column) {
     float sum = 0;
-    for (i64 i = begin; i < end; ++i) sum += weights[i] * table[index[i] * W + column];
+    for (i64 i = begin; i < end; ++i) sum += weight_of(i) * table[index[i] * W + column];
     row[column] = sum;
   }
 }
 
+// The sum of the lanes, halves onto halves.
 inline float total(f32x16 v) {
-  float sum = 0;
-  for (int lane = 0; lane < LANES; ++lane) sum += v[lane];
-  return sum;
+  float lanes[LANES];
+  store(lanes, v);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
 }
 
 inline float dot(const float* a, const float* b, i64 W) {
@@ -222,6 +265,132 @@ inline float dot(const float* a, const float* b, i64 W) {
   float sum = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; column < W; ++column) sum += a[column] * b[column];
   return sum;
+}
+
+// out[i] = row · table[index[i]] of the pairs i from begin to end, a few at a time, which share the loads of the row.
+void dots(const i64* index, i64 begin, i64 end, const float* table, i64 W, const float* row, float* out) {
+  constexpr int SOME = 4;
+  i64 i = begin;
+  for (; i + SOME <= end; i += SOME) {
+    const float* from[SOME];
+    f32x16 sums[SOME] = {};
+    for (int u = 0; u < SOME; ++u) from[u] = table + index[i + u] * W;
+    i64 column = 0;
+    for (; column + LANES <= W; column += LANES) {
+      f32x16 here = load(row + column);
+#pragma GCC unroll 4
+      for (int u = 0; u < SOME; ++u) sums[u] += here * load(from[u] + column);
+    }
+    for (int u = 0; u < SOME; ++u) {
+      float sum = total(sums[u]);
+      for (i64 rest = column; rest < W; ++rest) sum += row[rest] * from[u][rest];
+      out[i + u] = sum;
+    }
+  }
+  for (; i < end; ++i) out[i] = dot(row, table + index[i] * W, W);
+}
+
+inline float total(i32x16 v) {
+  int64_t sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += v[lane];
+  return float(sum);
+}
+
+// f = v = p + bias where that exceeds the threshold, else 0, in the place of p; a zero's sign says that v was less than `half`
+// below. Of each latent the sum of f and how many are positive.
+template <class T>
+void jump(T* p, const float* bias, const float* thresholds, float half, i64 S, i64 B, float* sums, float* counts,
+          int threads) {
+  split(S, S * B, threads, [=](i64 begin, i64 end) {
+    for (i64 s = begin; s < end; ++s) {
+      T* row = p + s * B;
+      f32x16 shift = all(bias[s]), threshold = all(thresholds[s]), sum = {};
+      i32x16 count = {};
+      along(B, [&](i64 i, i64 n) {
+        f32x16 v = load(row + i, n) + shift;
+        i32x16 below = v <= threshold, near = below & (v > threshold - half);
+        f32x16 f = rounded(where(below, where(near, all(-0.0f), all(0)), v), row);
+        store(row + i, f, n);
+        i32x16 fires = (f > 0) & first(n);
+        sum += where(fires, f, all(0));
+        count -= fires;
+      });
+      sums[s] = total(sum), counts[s] = total(count);
+    }
+  });
+}
+
+// out = (g + lift) where f fires, and theta · felt · g more where it is near its threshold; of each latent the sums of out and
+// of g where it is near, and how often it is.
+template <class T>
+void jump_back(const T* f, const T* g, const float* thresholds, const float* lift, float half, float felt, i64 S, i64 B,
+               T* out, float* sums, float* near_sums, float* near_counts, int threads) {
+  split(S, S * B, threads, [=](i64 begin, i64 end) {
+    for (i64 s = begin; s < end; ++s) {
+      const T *values = f + s * B, *from = g + s * B;
+      T* to = out + s * B;
+      f32x16 threshold = all(thresholds[s]), more = all(lift[s]), slope = all(thresholds[s] * felt), sum = {}, near_sum = {};
+      i32x16 count = {};
+      along(B, [&](i64 i, i64 n) {
+        f32x16 v = load(values + i, n), gradient = load(from + i, n);
+        i32x16 fires = (v > 0) & first(n);
+        i32x16 near = (fires & (v - threshold < half)) | ((i32x16)v == INT32_MIN);
+        f32x16 there = where(near, gradient, all(0));
+        f32x16 r = where(fires, gradient + more, all(0)) + slope * there;
+        store(to + i, r, n);
+        sum += r, near_sum += there, count -= near;
+      });
+      sums[s] = total(sum), near_sums[s] = total(near_sum), near_counts[s] = total(count);
+    }
+  });
+}
+
+// gate = max(p + bias, 0), in the place of p, and f = max(a gate + b, 0) where gate > 0; of each latent the sum of the gate and
+// how many f are positive.
+template <class T>
+void gate(T* p, const float* bias, const float* a, const float* b, i64 S, i64 B, T* f, float* sums, float* counts,
+          int threads) {
+  split(S, S * B, threads, [=](i64 begin, i64 end) {
+    for (i64 s = begin; s < end; ++s) {
+      T *gates = p + s * B, *values = f + s * B;
+      f32x16 shift = all(bias[s]), factor = all(a[s]), more = all(b[s]), sum = {};
+      i32x16 count = {};
+      along(B, [&](i64 i, i64 n) {
+        f32x16 v = load(gates + i, n) + shift;
+        f32x16 opened = rounded(where(v <= 0, all(0), v), gates);
+        f32x16 size = factor * opened + more;
+        f32x16 found = rounded(where((opened <= 0) | (size <= 0), all(0), size), values);
+        store(gates + i, opened, n);
+        store(values + i, found, n);
+        i32x16 open = (opened > 0) & first(n);
+        sum += where(open, opened, all(0));
+        count -= (found > 0) & first(n);
+      });
+      sums[s] = total(sum), counts[s] = total(count);
+    }
+  });
+}
+
+// out = g_gate + lift where the gate is open, and a g_f more where f = a gate + b is positive too; of each latent the sums of
+// out, and of g_f gate and g_f there.
+template <class T>
+void gate_back(const T* gates, const T* g_gate, const T* g_f, const float* a, const float* b, const float* lift, i64 S, i64 B,
+               T* out, float* sums, float* a_sums, float* b_sums, int threads) {
+  split(S, S * B, threads, [=](i64 begin, i64 end) {
+    for (i64 s = begin; s < end; ++s) {
+      i64 at = s * B;
+      f32x16 factor = all(a[s]), more = all(b[s]), up = all(lift[s]), sum = {}, a_sum = {}, b_sum = {};
+      along(B, [&](i64 i, i64 n) {
+        f32x16 v = load(gates + at + i, n);
+        i32x16 open = (v > 0) & first(n);
+        f32x16 h = where(open & (factor * v + more > 0), load(g_f + at + i, n), all(0));
+        f32x16 r = where(open, load(g_gate + at + i, n) + up, all(0)) + factor * h;
+        store(out + at + i, r, n);
+        sum += r, a_sum += h * v, b_sum += h;
+      });
+      sums[s] = total(sum), a_sums[s] = total(a_sum), b_sums[s] = total(b_sum);
+    }
+  });
 }
 
 }  // namespace
@@ -242,11 +411,60 @@ void above_bf16(const bf16* p, i64 stride, const float* bias, const float* bound
                 const i64* starts, float* values, i64* latents, int threads) {
   above(p, stride, bias, bounds, B, S, counts, starts, values, latents, threads);
 }
-// out[j] = Σ over the pairs i of segment j of weights[i] · table[index[i]].
-void segment_sum(const i64* index, const float* weights, const i64* starts, i64 m, const float* table, i64 W, float* out,
-                 int threads) {
+void jump_f32(float* p, const float* bias, const float* thresholds, float half, i64 S, i64 B, float* sums, float* counts,
+              int threads) {
+  jump(p, bias, thresholds, half, S, B, sums, counts, threads);
+}
+void jump_back_f32(const float* f, const float* g, const float* thresholds, const float* lift, float half, float felt, i64 S,
+                   i64 B, float* out, float* sums, float* near_sums, float* near_counts, int threads) {
+  jump_back(f, g, thresholds, lift, half, felt, S, B, out, sums, near_sums, near_counts, threads);
+}
+void gate_f32(float* p, const float* bias, const float* a, const float* b, i64 S, i64 B, float* f, float* sums, float* counts,
+              int threads) {
+  gate(p, bias, a, b, S, B, f, sums, counts, threads);
+}
+void gate_back_f32(const float* gates, const float* g_gate, const float* g_f, const float* a, const float* b, const float* lift,
+                   i64 S, i64 B, float* out, float* sums, float* a_sums, float* b_sums, int threads) {
+  gate_back(gates, g_gate, g_f, a, b, lift, S, B, out, sums, a_sums, b_sums, threads);
+}
+void jump_bf16(bf16* p, const float* bias, const float* thresholds, float half, i64 S, i64 B, float* sums, float* counts,
+              int threads) {
+  jump(p, bias, thresholds, half, S, B, sums, counts, threads);
+}
+void jump_back_bf16(const bf16* f, const bf16* g, const float* thresholds, const float* lift, float half, float felt, i64 S,
+                   i64 B, bf16* out, float* sums, float* near_sums, float* near_counts, int threads) {
+  jump_back(f, g, thresholds, lift, half, felt, S, B, out, sums, near_sums, near_counts, threads);
+}
+void gate_bf16(bf16* p, const float* bias, const float* a, const float* b, i64 S, i64 B, bf16* f, float* sums, float* counts,
+              int threads) {
+  gate(p, bias, a, b, S, B, f, sums, counts, threads);
+}
+void gate_back_bf16(const bf16* gates, const bf16* g_gate, const bf16* g_f, const float* a, const float* b, const float* lift,
+                   i64 S, i64 B, bf16* out, float* sums, float* a_sums, float* b_sums, int threads) {
+  gate_back(gates, g_gate, g_f, a, b, lift, S, B, out, sums, a_sums, b_sums, threads);
+}
+// out[j] = Σ over the pairs i of segment j of weights[i], or weights[order[i]], · table[index[i]].
+void segment_sum(const i64* index, const float* weights, const i64* order, const i64* starts, i64 m, const float* table,
+                 i64 W, float* out, int threads) {
   split_segments(starts, m, W, threads, [=](i64 begin, i64 end) {
-    for (i64 j = begin; j < end; ++j) weighted_rows(index, weights, starts[j], starts[j + 1], table, W, out + j * W);
+    for (i64 j = begin; j < end; ++j) {
+      float* row = out + j * W;
+      if (order)
+        weighted_rows(index, [=](i64 i) { return weights[order[i]]; }, starts[j], starts[j + 1], table, W, row);
+      else
+        weighted_rows(index, [=](i64 i) { return weights[i]; }, starts[j], starts[j + 1], table, W, row);
+    }
+  });
+}
+
+// out[j] = Σ over the pairs i of segment j of weights[order[i]].
+void segment_total(const float* weights, const i64* order, const i64* starts, i64 m, float* out, int threads) {
+  split_segments(starts, m, 1, threads, [=](i64 begin, i64 end) {
+    for (i64 j = begin; j < end; ++j) {
+      float sum = 0;
+      for (i64 i = starts[j]; i < starts[j + 1]; ++i) sum += weights[order[i]];
+      out[j] = sum;
+    }
   });
 }
 
@@ -254,39 +472,58 @@ void segment_sum(const i64* index, const float* weights, const i64* starts, i64 
 void pair_dots(const i64* index, const i64* starts, i64 B, const float* a, const float* b, i64 W, float* out, int threads) {
   split_segments(starts, B, W, threads, [=](i64 begin, i64 end) {
     for (i64 t = begin; t < end; ++t)
-      for (i64 i = starts[t]; i < starts[t + 1]; ++i) out[i] = dot(a + t * W, b + index[i] * W, W);
+      dots(index, starts[t], starts[t + 1], b, W, a + t * W, out);
   });
 }
 
 // error[t] = rest[t] − Σ weights[i] · table[index[i]], its square sum, and its dot with each of those rows, which are then
 // still in cache.
 void decode_error(const i64* index, const float* weights, const i64* starts, i64 B, const float* table, i64 W,
-                  const float* rest, float* error, float* squares, float* dots, int threads) {
+                  const float* rest, float* error, float* squares, float* products, int threads) {
   split_segments(starts, B, 2 * W, threads, [=](i64 begin, i64 end) {
     for (i64 t = begin; t < end; ++t) {
       float* row = error + t * W;
-      weighted_rows(index, weights, starts[t], starts[t + 1], table, W, row);
+      weighted_rows(index, [=](i64 i) { return weights[i]; }, starts[t], starts[t + 1], table, W, row);
       for (i64 column = 0; column < W; ++column) row[column] = rest[t * W + column] - row[column];
       squares[t] = dot(row, row, W);
-      for (i64 i = starts[t]; i < starts[t + 1]; ++i) dots[i] = dot(row, table + index[i] * W, W);
+      dots(index, starts[t], starts[t + 1], table, W, row, products);
     }
   });
 }
 
 void kth_largest_of(const float* values, i64 n, i64 k, float* out, int) { *out = kth_largest(values, n, k); }
 
-// Stable counting sort of pairs by latent: order [n], tokens in that order [n], and where each latent starts [S + 1].
+// Stable counting sort of pairs by latent: order [n], tokens in that order [n], and where each latent starts [S + 1]. Of each
+// latent the pairs of the first part of all pairs lie before those of the next, so it does not matter how many parts there are.
 void by_latent(const i64* latents, const i64* tokens, i64 n, i64 S, i64* order, i64* sorted_tokens, i64* starts,
-               int) {
-  std::fill(starts, starts + S + 1, 0);
-  for (i64 i = 0; i < n; ++i) ++starts[latents[i] + 1];
-  for (i64 s = 0; s < S; ++s) starts[s + 1] += starts[s];
-  std::vector<i64> next(starts, starts + S);
-  for (i64 i = 0; i < n; ++i) {
-    i64 at = next[latents[i]]++;
-    order[at] = i;
-    sorted_tokens[at] = tokens[i];
+               int threads) {
+  i64 parts = std::max<i64>(1, std::min<i64>(threads, n / LEAST_WORK));
+  std::vector<i64> next(parts * S);  // of each part and latent: how many there are, then where the next one goes
+  auto each = [&](auto f) {
+    split(parts, parts * LEAST_WORK, threads, [&](i64 begin, i64 end) {
+      for (i64 part = begin; part < end; ++part) f(n * part / parts, n * (part + 1) / parts, next.data() + part * S);
+    });
+  };
+  each([&](i64 begin, i64 end, i64* counts) {
+    for (i64 i = begin; i < end; ++i) ++counts[latents[i]];
+  });
+  i64 at = 0;
+  for (i64 s = 0; s < S; ++s) {
+    starts[s] = at;
+    for (i64 part = 0; part < parts; ++part) {
+      i64 count = next[part * S + s];
+      next[part * S + s] = at;
+      at += count;
+    }
   }
+  starts[S] = at;
+  each([&](i64 begin, i64 end, i64* places) {
+    for (i64 i = begin; i < end; ++i) {
+      i64 place = places[latents[i]]++;
+      order[place] = i;
+      sorted_tokens[place] = tokens[i];
+    }
+  });
 }
 
 // Of each row: grad · grad, and, where rows are to keep their norm, grad · row and row · row.

@@ -1,4 +1,4 @@
-"""The compiled twin of the sparse kernels: `native.cpp`, built once by the machine's own C++ compiler, and kept.
+"""The compiled twin of the kernels: `native.cpp`, built once by the machine's own C++ compiler, and kept.
 
 Where there is no compiler, or it fails, `library()` is None and plain torch does the work: slower, and equal to rounding.
 `SAEKIT_NATIVE=0` asks for that. The built file lies in the user's cache folder under a name made from the source, the
@@ -33,9 +33,18 @@ SIGNATURES = {
     "top_k_bf16": "pipiiipp",
     "above_f32": "pippiipppp",
     "above_bf16": "pippiipppp",
+    "jump_f32": "pppfiipp",
+    "jump_bf16": "pppfiipp",
+    "jump_back_f32": "ppppffiipppp",
+    "jump_back_bf16": "ppppffiipppp",
+    "gate_f32": "ppppiippp",
+    "gate_bf16": "ppppiippp",
+    "gate_back_f32": "ppppppiipppp",
+    "gate_back_bf16": "ppppppiipppp",
     "kth_largest_of": "piip",
     "by_latent": "ppiippp",
-    "segment_sum": "pppipip",
+    "segment_sum": "ppppipip",
+    "segment_total": "pppip",
     "pair_dots": "ppippip",
     "decode_error": "pppipipppp",
     "row_products": "ppiippp",

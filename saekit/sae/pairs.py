@@ -1,16 +1,17 @@
 """Where an SAE's latents are looked at: at chosen pairs of token and latent (`Pairs`), or everywhere (`Grid`).
 
-Both carry pre-activations with a graph, and both answer the few questions that objectives ask, so that an objective is
-written once, as its paper has it:
+Latents f lie [n] or [B, S], with a graph, and both answer the few questions that objectives ask, so that an objective is
+written once, as its paper has it. Of the pre-activations p that exceed some bounds (`Above`), or of all of them (`Grid`):
 
-    p                                   the pre-activations looked at, [n] or [B, S]
-    at.of(vector)                       a vector over latents [S], as p lies
-    at.total(f, vector)                 Σ f · vector[latent]
-    at.squared_error(f, W_dec, rest)    Σ‖rest − f W_dec‖² and the error [B, E]
-    at.fired(mask)                      which latents fired, [S]
+    f, sums, counts = at.relu()               ReLU(p), its sum over the tokens and on how many it fires, [S]
+    f, sums, counts = at.jump(θ, ε)           p · 1[p > θ] likewise
+    gate, f, sums, counts = at.gate(a, b)     ReLU(p), ReLU(a p + b) where p > 0, the gate's sums and f's counts
+    at.of(vector)                             a vector over latents [S], as f lies
+    at.squared_error(f, W_dec, rest)          Σ‖rest − f W_dec‖² and the error [B, E]
 
 After dense encoding only n of the B·S pairs matter, so the gradients of both weight matrices are sums over those pairs,
-sorted by latent once and shared. Where the pairs are a large share of B·S, dense products are the faster ones.
+sorted by latent once and shared. Where the pairs are a large share of B·S, dense products are the faster ones; what lies
+between them is then done in one pass over all latents each way.
 
 B tokens, D = d_in, E = d_out, S = d_sae. W_enc [D, S] and W_dec [S, E] both lie in memory as rows per latent.
 """
@@ -18,6 +19,7 @@ B tokens, D = d_in, E = d_out, S = d_sae. W_enc [D, S] and W_dec [S, E] both lie
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +28,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from saekit.sae import kernels
+from saekit.sae import kernels, memory
 from saekit.sae.ranks import ALONE, Ranks
+
+BLOCK = 1024  # latents whose gradient is made and used up while it is in cache, on a CPU
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,12 @@ class Pairs:
     def sum_rows(self, weights: Tensor, table: Tensor) -> Tensor:
         """Σ over the pairs of each latent of weight · table[token]: weights [n], table [B, W] → [S, W]."""
         order, tokens, starts = self.by_latent
-        return kernels.segment_sum(tokens, weights[order], starts, table)
+        return kernels.segment_sum(tokens, weights, starts, table, order)
 
     def sum_weights(self, weights: Tensor) -> Tensor:
         """Σ over the pairs of each latent of its weight: [n] → [S]."""
         order, _, starts = self.by_latent
-        return torch.segment_reduce(weights[order], "sum", offsets=starts, unsafe=True)
+        return kernels.segment_total(weights, order, starts)
 
     # What objectives ask
 
@@ -84,18 +88,14 @@ class Pairs:
         """vector [S] at the pairs, [n]."""
         return _Of.apply(vector, self)
 
-    def total(self, f: Tensor, vector: Tensor) -> Tensor:
-        """Σ f · vector[latent], []: f [n], vector [S]."""
-        return (f * self.of(vector)).sum()
-
     def squared_error(self, f: Tensor, W_dec: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         """Σ‖e‖² [] and e [B, E] = rest − Σ f · decoder row, both differentiable; f [n], rest [B, E]."""
         return _SquaredError.apply(f, W_dec, rest, self)
 
-    def fired(self, fires: Tensor) -> Tensor:
-        """[S] bool: latents with a pair at which `fires` [n] is true."""
-        counts = torch.zeros(self.d_sae, dtype=torch.int32, device=fires.device)
-        return counts.index_add_(0, self.latents, fires.int()) > 0
+    def counts(self, f: Tensor) -> Tensor:
+        """[S] of f [n]: on how many tokens each latent fires, as f is."""
+        counts = f.new_zeros(self.d_sae)
+        return counts.index_add_(0, self.latents, (f.detach() > 0).to(f.dtype))
 
     def where(self, kept: Tensor) -> Pairs:
         """The pairs at which kept [n] is true."""
@@ -109,32 +109,72 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Every pair, as [B, S] of `dtype`, in which products are taken; sums and what leaves the grid are as the weights are."""
+class Above:
+    """The pairs whose pre-activation exceeds its latent's bound; what lies below has no part in f, nor in its gradient."""
 
+    pairs: Pairs
+    p: Tensor  # [n] with a graph
+
+    def relu(self) -> tuple[Tensor, Tensor, Tensor]:
+        """f = ReLU(p) of bounds ≥ 0; sums and counts [S]."""
+        return self.p, _Sums.apply(self.p, self.pairs), self.pairs.by_latent[2].diff().to(self.p.dtype)
+
+    def jump(
+        self, threshold: Tensor, bandwidth: float, *, felt: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """f = p · 1[p > θ] of bounds ≤ θ − ε/2, with the estimators of ∂f/∂θ and ∂counts/∂θ that `jumprelu` has; ∂sums as ∂Σp.
+
+        threshold: θ [S]. bandwidth: ε. felt: p gets the estimator of f, too.
+        """
+        return _Jump.apply(self.p, threshold, self.pairs, bandwidth, felt)
+
+    def gate(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """gate = ReLU(p) and f = 1[p > 0] ReLU(a p + b) of bounds ≥ 0, sums of the gate and counts of f [S]. a, b: [S]."""
+        f = (self.of(a) * self.p + self.of(b)).relu()
+        return self.p, f, _Sums.apply(self.p, self.pairs), self.pairs.counts(f)
+
+    def of(self, vector: Tensor) -> Tensor:
+        return self.pairs.of(vector)
+
+    def squared_error(self, f: Tensor, W_dec: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        return self.pairs.squared_error(f, W_dec, rest)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every pair. What is asked is what `Above` is asked, of latents [B, S], which lie in memory as rows per latent.
+
+    Products are taken of operands rounded to `dtype`, in which the latents are; sums and what leaves the grid are as the
+    weights are.
+    """
+
+    x: Tensor  # [B, D], the shift taken off
+    W_enc: Tensor
+    bias: Tensor
+    shift: Tensor | None  # [D] what was taken off x, which gets its gradient
     dtype: torch.dtype
     ranks: Ranks = ALONE  # whose latents together make x̂
 
-    def preactivations(self, x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor:
-        """x W_enc + bias [B, S] with a graph; a shift comes off x with one, too."""
-        return _Biased.apply(_Product.apply(x, W_enc, self.dtype, self.dtype), bias)
+    def relu(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.jump(torch.zeros_like(self.bias), 0.0)  # a jump where there is nothing to jump
+
+    def jump(
+        self, threshold: Tensor, bandwidth: float, *, felt: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _DenseJump.apply(self.W_enc, self.bias, self.shift, threshold, self, bandwidth, felt)
+
+    def gate(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _DenseGate.apply(self.W_enc, self.bias, self.shift, a, b, self)
 
     def of(self, vector: Tensor) -> Tensor:
         return vector.to(self.dtype)
 
-    def total(self, f: Tensor, vector: Tensor) -> Tensor:
-        return (f @ self.of(vector)).sum(dtype=vector.dtype)
-
     def squared_error(self, f: Tensor, W_dec: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         """As `Pairs.squared_error`, of f [B, S]."""
-        error = rest - self.ranks.latents.summed(_Product.apply(f, W_dec, self.dtype, rest.dtype))
-        return error.square().sum(), error
-
-    def fired(self, fires: Tensor) -> Tensor:
-        return fires.any(0)
+        return _DenseError.apply(f, W_dec, rest, self)
 
 
-At = Pairs | Grid
+At = Above | Grid
 
 
 class _Preactivations(Function):
@@ -144,7 +184,7 @@ class _Preactivations(Function):
     ) -> Tensor:
         ctx.save_for_backward(x, W_enc)
         ctx.pairs, ctx.shifted = pairs, shift is not None
-        return values.clone()
+        return values.view_as(values)
 
     @staticmethod
     @once_differentiable
@@ -165,6 +205,46 @@ class _Of(Function):
     @once_differentiable
     def backward(ctx: Any, g_n: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.pairs.sum_weights(g_n), None
+
+
+class _Sums(Function):
+    """Of each latent the sum of its pairs' values: [n] → [S]."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs = pairs
+        return pairs.sum_weights(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g[ctx.pairs.latents], None
+
+
+class _Jump(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, p: Tensor, threshold: Tensor, pairs: Pairs, bandwidth: float, felt: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        distance = p - threshold[pairs.latents]
+        fires, near = distance > 0, distance.abs() < bandwidth / 2
+        ctx.save_for_backward(threshold, fires, near)
+        ctx.pairs, ctx.bandwidth, ctx.felt = pairs, bandwidth, felt
+        f = torch.where(fires, p, 0)
+        return f, pairs.sum_weights(f), pairs.sum_weights(fires.to(p.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_f: Tensor, g_sums: Tensor, g_counts: Tensor) -> tuple[Tensor | None, ...]:
+        threshold, fires, near = ctx.saved_tensors
+        pairs: Pairs = ctx.pairs
+        there, slope = torch.where(near, g_f, 0), threshold / ctx.bandwidth
+        g_p = torch.where(fires, g_f + g_sums[pairs.latents], 0)
+        if ctx.felt:
+            g_p += slope[pairs.latents] * there
+        g_threshold = slope * pairs.sum_weights(there)
+        g_threshold += g_counts / ctx.bandwidth * pairs.sum_weights(near.to(g_f.dtype))
+        return g_p, -g_threshold, None, None, None
 
 
 class _SquaredError(Function):
@@ -198,39 +278,125 @@ class _SquaredError(Function):
         return g_f, g_W, g_rest if ctx.needs_input_grad[2] else None, None
 
 
-class _Biased(Function):
-    """p + bias [B, S], in the place of p; the bias' gradient is a product, which is faster than a sum of bfloat16 columns."""
-
+class _DenseJump(Function):
     @staticmethod
-    def forward(ctx: Any, p: Tensor, bias: Tensor) -> Tensor:
-        ctx.type = bias.dtype
-        ctx.mark_dirty(p)
-        return p.add_(bias.to(p.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        return g, (g.new_ones(1, len(g)) @ g).squeeze(0).to(ctx.type)
-
-
-class _Product(Function):
-    """a b [m, n] of operands rounded to `dtype`, as `result` dtype; the same rounding in the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, dtype: torch.dtype, result: torch.dtype) -> Tensor:
-        ctx.types = a.dtype, b.dtype
-        a, b = a.to(dtype), b.to(dtype)
-        ctx.save_for_backward(a, b)
-        return (a @ b).to(result)
+    def forward(
+        ctx: Any,
+        W_enc: Tensor,
+        bias: Tensor,
+        shift: Tensor | None,
+        threshold: Tensor,
+        grid: Grid,
+        bandwidth: float,
+        felt: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, f = _encoded(grid)
+        sums, counts = kernels.jump(f, bias, threshold, bandwidth / 2)
+        ctx.save_for_backward(x, W_enc, threshold, f)
+        ctx.shifted, ctx.bandwidth, ctx.felt = shift is not None, bandwidth, felt
+        return f.t(), sums, counts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        a, b = ctx.saved_tensors
-        a_type, b_type = ctx.types
-        g = g.to(a.dtype)
-        g_a = (g @ b.t()).to(a_type) if ctx.needs_input_grad[0] else None
-        g_b = None
-        if ctx.needs_input_grad[1]:  # lies in memory as b lies, or adding it to the weight's would copy it
-            g_b = ((g.t() @ a).t() if b.t().is_contiguous() else a.t() @ g).to(b_type)
-        return g_a, g_b, None, None
+    def backward(ctx: Any, g_f: Tensor, g_sums: Tensor, g_counts: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, threshold, f = ctx.saved_tensors
+        rate = 1 / ctx.bandwidth if ctx.bandwidth else 0.0
+        g = g_f.to(f.dtype).t().contiguous()
+
+        def back(some: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            felt = rate if ctx.felt else 0.0
+            return kernels.jump_back(f[some], g[some], threshold[some], g_sums[some], ctx.bandwidth / 2, felt)
+
+        g_W, g_bias, near_sums, near_counts = _into_encoder(back, x, W_enc)
+        g_threshold = -rate * (threshold * near_sums + g_counts * near_counts)
+        return g_W, g_bias, _into_shift(ctx, W_enc, g_bias), g_threshold, None, None, None
+
+
+class _DenseGate(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, W_enc: Tensor, bias: Tensor, shift: Tensor | None, a: Tensor, b: Tensor, grid: Grid
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, gate = _encoded(grid)
+        f, sums, counts = kernels.gate(gate, bias, a, b)
+        ctx.save_for_backward(x, W_enc, a, b, gate)
+        ctx.shifted = shift is not None
+        ctx.mark_non_differentiable(counts)
+        return gate.t(), f.t(), sums, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, a, b, gate = ctx.saved_tensors
+        g_gate, g_f = (g.to(gate.dtype).t().contiguous() for g in given[:2])
+        g_sums = given[2]
+
+        def back(some: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            return kernels.gate_back(gate[some], g_gate[some], g_f[some], a[some], b[some], g_sums[some])
+
+        g_W, g_bias, g_a, g_b = _into_encoder(back, x, W_enc)
+        return g_W, g_bias, _into_shift(ctx, W_enc, g_bias), g_a, g_b, None
+
+
+class _DenseError(Function):
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, W_dec: Tensor, rest: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        rows = rounded(W_dec, grid.dtype)
+        error = rest - grid.ranks.latents.sum((f @ rows).to(rest.dtype))
+        ctx.save_for_backward(f, rows, error)
+        ctx.set_materialize_grads(False)
+        return error.square().sum(), error
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_sum: Tensor | None, g_error: Tensor | None) -> tuple[Tensor | None, ...]:
+        f, rows, error = ctx.saved_tensors
+        g_rest = torch.zeros_like(error) if g_sum is None else 2 * g_sum * error
+        if g_error is not None:
+            g_rest += g_error
+        g, g_W = -g_rest.to(f.dtype), None
+        if ctx.needs_input_grad[1]:
+            g_W = memory.take(tuple(rows.shape), error.dtype, rows.device)
+            product(f.t(), g, g_W)
+        g_f = memory.take((len(rows), len(g)), f.dtype, f.device)
+        return product(rows, g.t(), g_f).t(), g_W, g_rest if ctx.needs_input_grad[2] else None, None
+
+
+def rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows [m, n] in `dtype`: themselves, or a copy."""
+    rows = rows.detach()
+    return rows if rows.dtype == dtype else memory.take(tuple(rows.shape), dtype, rows.device).copy_(rows)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a b, taken in their dtype, in `out`, whatever that one's is."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    return out.copy_(torch.mm(a, b, out=memory.take(tuple(out.shape), a.dtype, a.device)))
+
+
+def _encoded(grid: Grid) -> tuple[Tensor, Tensor]:
+    """x [B, D] in the grid's dtype, and its product with the encoder [S, B]."""
+    x, rows = grid.x.to(grid.dtype), rounded(grid.W_enc.t(), grid.dtype)
+    return x, product(rows, x.t(), memory.take((len(rows), len(x)), grid.dtype, x.device))
+
+
+def _into_encoder(
+    back: Callable[[slice], tuple[Tensor, Tensor, Tensor, Tensor]], x: Tensor, W_enc: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """∂W_enc [D, S], and what else `back` says of some latents: their ∂p [m, B], and three vectors [m]."""
+    S = W_enc.shape[1]
+    g_W = memory.take((S, len(W_enc)), W_enc.dtype, W_enc.device)
+    vectors = []
+    block = S if x.is_cuda else BLOCK
+    for start in range(0, S, block):
+        some = slice(start, start + block)
+        g_p, *found = back(some)
+        product(g_p, x, g_W[some])
+        vectors.append(found)
+    one, two, three = (torch.cat(parts) for parts in zip(*vectors, strict=True))
+    return g_W.t(), one, two, three
+
+
+def _into_shift(ctx: Any, W_enc: Tensor, g_bias: Tensor) -> Tensor | None:
+    return -(W_enc @ g_bias) if ctx.shifted else None

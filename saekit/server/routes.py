@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -24,21 +23,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from saekit.catalog.firing import firing
 from saekit.catalog.page import ASSETS
 from saekit.catalog.page_data import PageData
-from saekit.errors import InvalidInput, SaekitError, UnknownName
-from saekit.lm import token_strings
+from saekit.errors import SaekitError, UnknownName
 from saekit.server.guard import MAX_BODY, BodyTooLarge, Guard, body_of
 from saekit.server.questions import ActivationsQuestion, Question, SteerQuestion, parsed
-from saekit.sites import capture
 from saekit.steering.compare import compare
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from saekit.catalog import Catalog
-
-FEATURES_PER_TOKEN = 12
 
 
 def application(catalog: Catalog, model: TransformerBridge, port: int) -> Starlette:
@@ -96,22 +92,9 @@ class _Live:
         }
 
     def activations(self, question: ActivationsQuestion) -> dict[str, Any]:
-        model, sae, site = self.model, self.catalog.sae, self.catalog.site
-        ids = model.to_tokens(question.text, truncate=False)
-        if ids.shape[1] > model.cfg.n_ctx:
-            raise InvalidInput(
-                f"text: {ids.shape[1]} tokens; the context of the model holds {model.cfg.n_ctx}"
-            )
         with self._lock:
-            x = capture(model, [site], ids)[site][0]
-        with torch.no_grad():
-            f = sae.encode(x.to(sae.W_enc.device)).float()
-        values, latents = f.topk(min(FEATURES_PER_TOKEN, sae.d_sae), dim=-1)
-        pairs = [zip(*row, strict=True) for row in zip(latents.tolist(), values.tolist(), strict=True)]
-        return {
-            "tokens": token_strings(model.tokenizer, ids[0].tolist()),
-            "features": [[[i, a] for i, a in row if a > 0] for row in pairs],
-        }
+            found = firing(self.model, self.catalog.sae, question.text)
+        return {"tokens": found.tokens, "features": found.features}
 
 
 def _answering(kind: type[Question], answer: Callable[[Question], dict[str, Any]]) -> Callable[..., Any]:

@@ -1,4 +1,5 @@
 """Steering: directions, the edits made from them, and generation with edits on.
 
-directions · kinds ─▶ edits ─▶ positions ─▶ steer ─▶ compare ─▶ sweep
+directions · kinds · positions ─▶ edits ─▶ plan ─▶ steer · hooks ─▶ generate ─▶ compare ─▶ sweep · additions
+                                  └─▶ files · gguf          judging · choosing ─┘
 """

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from saekit.errors import InvalidInput
-from saekit.lm import token_strings
+from saekit.lm import special_ids, token_strings
 from saekit.steering.edits import Edit
+from saekit.steering.generate import Generated, Prompt, generate, prompt_ids
+from saekit.steering.judging import kl_parts, token_log_probs
 from saekit.steering.positions import Positions
 from saekit.steering.steer import steer
 
@@ -21,18 +22,35 @@ if TYPE_CHECKING:
 TOP = 10
 
 
+class Odds(NamedTuple):
+    """A token of a text, and its log-probability in nats under both models, given what is before it."""
+
+    token: str
+    plain: float
+    steered: float
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Plain and steered text beside each other."""
 
-    prompt: str
+    prompt: Prompt
     edits: tuple[Edit, ...]
     plain: str  # prompt and continuation
     steered: str  # prompt and continuation
     kl: float  # KL(steered ‖ plain) of the token after the prompt, nats
     top_tokens: list[tuple[str, float, float]]  # (token, p plain, p steered), largest |difference| first
+    kl_tokens: list[tuple[str, float]]  # (token, its summand of the KL in nats), largest |summand| first
+    plain_odds: list[Odds]  # the plain continuation, token by token
+    steered_odds: list[Odds]  # the steered one
     p_plain: Tensor = field(repr=False)  # [V] next-token probabilities after the prompt
     p_steered: Tensor = field(repr=False)  # [V]
+
+    @property
+    def perplexity(self) -> float:
+        """Of the steered continuation under the plain model: how strange the plain model finds it."""
+        losses = [-odds.plain for odds in self.steered_odds]
+        return float(torch.tensor(losses).mean().exp()) if losses else 1.0
 
     def __str__(self) -> str:
         moved = "\n".join(f"  {token!r:<16} {a:7.2%} → {b:7.2%}" for token, a, b in self.top_tokens)
@@ -44,56 +62,51 @@ class Comparison:
 
 def compare(
     model: TransformerBridge,
-    prompt: str,
+    prompt: Prompt,
     edits: Edit | Sequence[Edit],
     *,
     max_new_tokens: int = 20,
     seed: int = 0,
     temperature: float = 1.0,
     top_p: float | None = None,
+    top_k: int | None = None,
     positions: Positions = "all",
 ) -> Comparison:
-    """Continue a prompt plainly and with edits on.
+    """Continue a prompt, or a chat, plainly and with edits on; what is not said of the options is as `generate` has it.
 
-    temperature: 0 is greedy. Both continuations draw from the same seed.
+    Both continuations draw from the same seed.
     Raises `InvalidInput` for an empty prompt, one that leaves no room in the context, or a negative temperature.
     """
     edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
-    ids = check_prompt(model, prompt, max_new_tokens)
-    plain_p = next_token_probabilities(model, ids)
-    plain = generate(model, prompt, max_new_tokens, seed=seed, temperature=temperature, top_p=top_p)
+    ids = prompt_ids(model, prompt, max_new_tokens)
+    options = {"seed": seed, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    plain_p = next_token_probabilities(model, ids[None])
+    (plain,) = generate(model, [prompt], max_new_tokens, **options)  # type: ignore[arg-type]
     with steer(model, edits, positions=positions):
-        steered_p = next_token_probabilities(model, ids)
-        steered = generate(model, prompt, max_new_tokens, seed=seed, temperature=temperature, top_p=top_p)
-    moved = (steered_p - plain_p).abs().topk(min(TOP, len(plain_p))).indices.tolist()
-    tokens = token_strings(model.tokenizer, moved)
+        steered_p = next_token_probabilities(model, ids[None])
+        (steered,) = generate(model, [prompt], max_new_tokens, **options)  # type: ignore[arg-type]
+    parts = kl_parts(steered_p, plain_p)
     return Comparison(
         prompt=prompt,
         edits=edits,
-        plain=plain,
-        steered=steered,
-        kl=float((steered_p * (steered_p.clamp_min(1e-30).log() - plain_p.clamp_min(1e-30).log())).sum()),
+        plain=plain.text,
+        steered=steered.text,
+        kl=float(parts.sum()),
         top_tokens=[
-            (token, float(plain_p[i]), float(steered_p[i])) for token, i in zip(tokens, moved, strict=True)
+            (token, float(plain_p[i]), float(steered_p[i])) for token, i in _top(model, steered_p - plain_p)
         ],
+        kl_tokens=[(token, float(parts[i])) for token, i in _top(model, parts)],
+        plain_odds=_odds(model, plain, edits, positions),
+        steered_odds=_odds(model, steered, edits, positions),
         p_plain=plain_p,
         p_steered=steered_p,
     )
 
 
-def check_prompt(model: TransformerBridge, prompt: str, max_new_tokens: int) -> Tensor:
-    """The prompt's ids [1, T] with BOS, if there is room for the new tokens."""
-    if not isinstance(prompt, str) or not prompt:
-        raise InvalidInput(f"prompt: expected a text, got {prompt!r}")
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise InvalidInput(f"max_new_tokens: expected a whole number from 1, got {max_new_tokens!r}")
-    ids = model.to_tokens(prompt, truncate=False)
-    if ids.shape[1] + max_new_tokens > model.cfg.n_ctx:
-        raise InvalidInput(
-            f"prompt: {ids.shape[1]} tokens and {max_new_tokens} new ones do not fit the context of "
-            f"{model.cfg.n_ctx}; shorten the prompt or lower max_new_tokens"
-        )
-    return ids
+def _top(model: TransformerBridge, of: Tensor) -> list[tuple[str, int]]:
+    """(token, id) of the largest |values| of [V]."""
+    ids = of.abs().topk(min(TOP, len(of))).indices.tolist()
+    return list(zip(token_strings(model.tokenizer, ids), ids, strict=True))
 
 
 @torch.no_grad()
@@ -102,27 +115,22 @@ def next_token_probabilities(model: TransformerBridge, ids: Tensor) -> Tensor:
     return model(ids)[0, -1].float().softmax(-1).cpu()
 
 
-def generate(
-    model: TransformerBridge,
-    prompt: str,
-    max_new_tokens: int,
-    *,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_p: float | None = None,
-) -> str:
-    """Prompt and continuation. The seed rules the sampling, and the global generator is left as it was."""
-    if not temperature >= 0:
-        raise InvalidInput(f"temperature: expected a number from 0 (greedy), got {temperature!r}")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        text = model.generate(
-            prompt,
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature or 1.0,
-            top_p=top_p,
-            verbose=False,
-        )
-    assert isinstance(text, str)
-    return text
+def _odds(
+    model: TransformerBridge, made: Generated, edits: Sequence[Edit], positions: Positions
+) -> list[Odds]:
+    """The continuation's tokens under both models, each read in one forward."""
+    n, ids = made.prompt_length, made.ids.to(model.cfg.device)
+    plain = token_log_probs(model, ids)[n - 1 :].tolist()
+    with steer(model, edits, positions=spelled(positions, made.ids, n, special_ids(model))):
+        steered = token_log_probs(model, ids)[n - 1 :].tolist()
+    tokens = token_strings(model.tokenizer, made.ids[n:].tolist())
+    return [Odds(*each) for each in zip(tokens, plain, steered, strict=True)]
+
+
+def spelled(positions: Positions, ids: Tensor, prompt_length: int, special: Sequence[int]) -> Positions:
+    """The positions that a name means in a text [T] whose prompt has a known length, for a forward over all of it."""
+    if positions == "all" or not isinstance(positions, str):
+        return positions
+    first = {"prompt": 0, "generated": prompt_length, "last_prompt": prompt_length - 1}[positions]
+    last = prompt_length if positions == "prompt" else len(ids)
+    return [i for i in range(first, last) if int(ids[i]) not in special]

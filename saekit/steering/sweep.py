@@ -1,104 +1,319 @@
-"""One edit at several strengths, and a norm-matched random direction at the same ones beside it.
+"""Edits at several strengths, at one place or several, and norm-matched random directions at the same ones beside them.
 
-Random directions collapse a text as readily as chosen ones, so a strength says nothing without its control.
+Random directions collapse a text as readily as chosen ones, so a strength says nothing without its control. Every
+strength of a prompt is continued in one batch, all from the same seeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from saekit.errors import InvalidInput
-from saekit.steering.compare import check_prompt, compare
 from saekit.steering.directions import Direction
 from saekit.steering.edits import Edit
+from saekit.steering.generate import Generated, Prompt, generate, prompt_ids
+from saekit.steering.judging import (
+    distinct,
+    keyword_rate,
+    kl_parts,
+    perplexity,
+    reactivation,
+    repetition,
+    word_ids,
+)
 from saekit.steering.positions import Positions
+from saekit.steering.steer import steer
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from transformer_lens.model_bridge import TransformerBridge
+
+Make = Callable[[float], Edit]  # strength → edit, e.g. `feature.add`
+TOLERATED = 2.0  # times the plain perplexity, up to which a text still counts as fluent
+AT_ONCE = 64  # rows of a batch
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one edit does to the continuations of all prompts. None: not asked for, or not known."""
+
+    kl: float  # KL(steered ‖ plain) of the token after the prompt, nats, mean over prompts
+    perplexity: float  # of the continuations under the plain model, median
+    repetition: float  # rep-3 of the continuations, mean
+    distinct: float  # distinct-2 of all continuations together
+    keywords: float | None = None  # share of continuations with a keyword in them
+    keyword_p: float | None = (
+        None  # probability of a keyword as the token after the prompt, mean over prompts
+    )
+    reactivation: float | None = (
+        None  # of the feature when its text is read again unsteered, over its maximum, mean
+    )
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """What one strength does."""
+    """What one strength does at one place."""
 
+    place: str  # the edit's site, or the name under which it was given
     strength: float
-    text: str  # prompt and continuation
-    kl: float  # KL(steered ‖ plain) of the next token, nats
-    perplexity: float  # of the continuation under the plain model
+    text: str  # prompt and continuation, of the first prompt's first sample
+    steered: Figures
+    control: Figures  # means over random directions of the same norm
+    control_least: Figures
+    control_most: Figures
     control_text: str
-    control_kl: float
-    control_perplexity: float
+
+
+@dataclass(frozen=True)
+class SteeringSweep:
+    """Strengths against what they do. Iterates over its rows."""
+
+    rows: tuple[SweepRow, ...]
+    plain: Figures
+    plain_text: str
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> SweepRow:
+        return self.rows[index]
+
+    def knee(self, place: str | None = None) -> SweepRow | None:
+        """The strongest row whose text is still fluent and whose effect no random direction has.
+
+        Fluent: perplexity at most twice the plain one. Effect: the keywords' rate, else the feature's reactivation, else
+        KL, above the control's greatest. None where no row has both; then no strength can be recommended.
+        """
+        fit = [
+            row
+            for row in self.rows
+            if row.strength != 0
+            and place in (None, row.place)
+            and row.steered.perplexity <= TOLERATED * self.plain.perplexity
+            and _effect(row.steered) > _effect(row.control_most)
+        ]
+        return max(fit, key=lambda row: (abs(row.strength), _effect(row.steered)), default=None)
+
+    def records(self) -> list[dict[str, Any]]:
+        """A flat dictionary a row, for a data frame: the control's figures begin with `control_`."""
+        found = []
+        for row in self.rows:
+            flat: dict[str, Any] = {"place": row.place, "strength": row.strength, "text": row.text}
+            flat |= asdict(row.steered)
+            for name in ("control", "control_least", "control_most"):
+                flat |= {f"{name}_{key}": value for key, value in asdict(getattr(row, name)).items()}
+            found.append(flat | {"control_text": row.control_text})
+        return found
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {"plain": asdict(self.plain), "plain_text": self.plain_text, "rows": self.records()}
+        )
+
+    def figure(self) -> Figure:
+        """A matplotlib figure: effect, fluency, KL and repetition against strength, the control as a band."""
+        from saekit.steering.figures import sweep_figure
+
+        return sweep_figure(self)
+
+    def wandb_table(self) -> Any:
+        """The rows as a `wandb.Table`, to be logged."""
+        import wandb
+
+        records = self.records()
+        columns: list[Any] = list(records[0])
+        return wandb.Table(columns=columns, data=[[record[name] for name in columns] for record in records])
+
+    def __str__(self) -> str:
+        def row(place: str, strength: str, f: Figures, control: str) -> str:
+            effect = _effect(f)
+            return f"{place:<28} {strength:>8}  {effect:8.3f}  {f.perplexity:10.1f}  {f.kl:7.2f}  {f.repetition:6.2f}  {control}"
+
+        lines = [
+            f"{'place':<28} {'strength':>8}  {_effect_name(self.plain):>8}  {'perplexity':>10}  {'KL':>7}  {'rep-3':>6}  random"
+        ]
+        lines.append(row("plain", "", self.plain, ""))
+        for r in self.rows:
+            least, most = _effect(r.control_least), _effect(r.control_most)
+            lines.append(
+                row(
+                    r.place,
+                    f"{r.strength:g}",
+                    r.steered,
+                    f"{least:.3f} … {most:.3f}, perplexity {r.control.perplexity:.0f}",
+                )
+            )
+        best = self.knee()
+        lines.append(
+            f"suggested: {best.strength:g} at {best.place}"
+            if best
+            else "no strength is both fluent and beyond the controls"
+        )
+        return "\n".join(lines)
+
+
+def _effect(figures: Figures) -> float:
+    known = (figures.keywords, figures.reactivation, figures.kl)
+    return next(value for value in known if value is not None)
+
+
+def _effect_name(figures: Figures) -> str:
+    return (
+        "keywords" if figures.keywords is not None else "again" if figures.reactivation is not None else "KL"
+    )
 
 
 def sweep(
     model: TransformerBridge,
-    prompt: str,
-    make: Callable[[float], Edit],
+    prompts: Prompt | Sequence[Prompt],
+    make: Make | Mapping[str, Make],
     strengths: Sequence[float],
     *,
+    keywords: Iterable[str] = (),
+    samples: int = 1,
+    controls: int = 3,
     max_new_tokens: int = 20,
     seed: int = 0,
     temperature: float = 1.0,
+    top_p: float | None = None,
     positions: Positions = "all",
-) -> list[SweepRow]:
-    """Continue a prompt at each strength. make: strength → edit, e.g. `feature.add`.
+) -> SteeringSweep:
+    """Continue prompts at each strength.
 
-    The control adds a random direction whose norm is that of the edit's direction, in the same amount.
+    prompts: a text, or several. make: strength → edit, e.g. `feature.add`; or several by name, e.g. one a layer.
+    keywords: words that the steered text should speak of. samples: continuations of each prompt. controls: random directions,
+    whose norm is that of the edit's direction, added in the same amount.
+    Raises `InvalidInput` for no strength, no prompt, or fewer than one sample or control.
     """
+    texts: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
     if not strengths:
         raise InvalidInput("strengths: expected at least one number, e.g. 0,2,4,8")
-    rows = []
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        "temperature": temperature,
-        "positions": positions,
-    }
-    for strength in strengths:
-        edit = make(strength)
-        side = compare(model, prompt, edit, **options)  # type: ignore[arg-type]
-        control = compare(model, prompt, control_of(edit, seed), **options)  # type: ignore[arg-type]
-        rows.append(
-            SweepRow(
-                strength=strength,
-                text=side.steered,
-                kl=side.kl,
-                perplexity=perplexity(model, prompt, side.steered),
-                control_text=control.steered,
-                control_kl=control.kl,
-                control_perplexity=perplexity(model, prompt, control.steered),
-            )
+    if not texts or samples < 1 or controls < 1:
+        raise InvalidInput(
+            f"sweep: expected a prompt, a sample and a control at least, got {len(texts)}, {samples} and {controls}"
         )
-    return rows
+    words = list(keywords)
+    judge = _Judge(
+        model, texts, words, samples, max_new_tokens, positions,
+        {"temperature": temperature, "top_p": top_p}, seed,
+    )  # fmt: skip
+    plain, plain_text = judge([None])[0]
+    rows = []
+    places = make if isinstance(make, Mapping) else {"": make}
+    for name, of in places.items():
+        edits = [of(strength) for strength in strengths]
+        random = [[control_of(edit, seed + i) for edit in edits] for i in range(controls)]
+        found = judge([*edits, *(edit for row in random for edit in row)])
+        n = len(strengths)
+        for i, (strength, edit) in enumerate(zip(strengths, edits, strict=True)):
+            beside = [found[n * (1 + c) + i] for c in range(controls)]
+            rows.append(
+                SweepRow(
+                    place=name or edit.site,
+                    strength=strength,
+                    text=found[i][1],
+                    steered=found[i][0],
+                    control=_of(statistics.fmean, [f for f, _ in beside]),
+                    control_least=_of(min, [f for f, _ in beside]),
+                    control_most=_of(max, [f for f, _ in beside]),
+                    control_text=beside[0][1],
+                )
+            )
+    return SteeringSweep(tuple(rows), plain, plain_text)
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or bool(prompts and isinstance(prompts[0], Mapping))
+
+
+def _of(how: Callable[[list[float]], float], figures: Sequence[Figures]) -> Figures:
+    """Figure by figure, one of several."""
+    columns = [asdict(each) for each in figures]
+    found: dict[str, Any] = {
+        name: None if columns[0][name] is None else how([c[name] for c in columns]) for name in columns[0]
+    }
+    return Figures(**found)
+
+
+class _Judge:
+    """Continues the prompts under edits, many at once, and says what came of each edit."""
+
+    def __init__(
+        self, model: TransformerBridge, prompts: list[Prompt], words: list[str], samples: int, max_new_tokens: int,
+        positions: Positions, sampling: dict[str, Any], seed: int,
+    ) -> None:  # fmt: skip
+        self.model, self.prompts, self.words = model, prompts, words
+        self.n, self.positions, self.sampling = max_new_tokens, positions, sampling
+        self.each = [p for p in prompts for _ in range(samples)]
+        self.seeds = [seed + i for i in range(len(self.each))]
+        self.ids = [prompt_ids(model, prompt, max_new_tokens) for prompt in prompts]
+        self.word_ids = word_ids(model, words)
+        self.plain_p = self._next([None])[0]
+
+    def __call__(self, edits: Sequence[Edit | None]) -> list[tuple[Figures, str]]:
+        """(figures, first text) of each edit; None is the plain model."""
+        probabilities = self._next(edits)
+        found = []
+        at_once = max(1, AT_ONCE // len(self.each))
+        for start in range(0, len(edits), at_once):
+            part = edits[start : start + at_once]
+            with self._steered([edit for edit in part for _ in self.each]):
+                made = generate(
+                    self.model, self.each * len(part), self.n, seed=self.seeds * len(part), **self.sampling
+                )
+            for i, edit in enumerate(part):
+                texts = made[i * len(self.each) : (i + 1) * len(self.each)]
+                found.append((self._figures(edit, texts, probabilities[start + i]), texts[0].text))
+        return found
+
+    def _steered(self, rows: Sequence[Edit | None]) -> Any:
+        edits = [[edit] if edit is not None else [] for edit in rows]
+        return steer(self.model, rows=edits, positions=self.positions)
+
+    @torch.no_grad()
+    def _next(self, edits: Sequence[Edit | None]) -> list[torch.Tensor]:
+        """[prompts, V] next-token probabilities after each prompt, of each edit."""
+        found: list[list[torch.Tensor]] = [[] for _ in edits]
+        for ids in self.ids:
+            for start in range(0, len(edits), AT_ONCE):
+                part = edits[start : start + AT_ONCE]
+                with self._steered(part):
+                    p = self.model(ids.expand(len(part), -1))[:, -1].float().softmax(-1).cpu()
+                for i in range(len(part)):
+                    found[start + i].append(p[i])
+        return [torch.stack(rows) for rows in found]
+
+    def _figures(self, edit: Edit | None, texts: list[Generated], p: torch.Tensor) -> Figures:
+        model = self.model
+        new = [made.ids[made.prompt_length :].tolist() for made in texts]
+        again = None
+        if edit is not None and edit.sae is not None and edit.latent is not None:
+            sae, latent = edit.sae, edit.latent
+            again = statistics.fmean(reactivation(model, sae, latent, m.ids, m.prompt_length) for m in texts)
+            again /= edit.max_activation or 1.0
+        return Figures(
+            kl=float(kl_parts(p, self.plain_p).sum(1).mean()),
+            perplexity=statistics.median(
+                perplexity(model, m.ids.to(model.cfg.device), m.prompt_length) for m in texts
+            ),
+            repetition=statistics.fmean(map(repetition, new)),
+            distinct=distinct(new),
+            keywords=keyword_rate([made.continuation for made in texts], self.words) if self.words else None,
+            keyword_p=float(p[:, self.word_ids].sum(1).mean()) if self.word_ids else None,
+            reactivation=again,
+        )
 
 
 def control_of(edit: Edit, seed: int = 0) -> Edit:
-    """An edit that adds as much of a random direction as `edit` adds (for clamp: as its target) of its own."""
+    """The same edit along a random direction of the same norm: as much is added, in the same places, of something else."""
     direction = Direction.random(edit.direction, edit.site, seed)
-    unit = edit.unit
-    return Edit(
-        "add",
-        edit.site,
-        direction.vector,
-        edit.strength,
-        unit,
-        direction.label,
-        max_activation=edit.max_activation,
-        norm=edit.norm,
-    )
-
-
-@torch.no_grad()
-def perplexity(model: TransformerBridge, prompt: str, text: str) -> float:
-    """exp of the mean loss of the continuation's tokens under the plain model; 1 for an empty one."""
-    ids = model.to_tokens(text, truncate=False)
-    start = check_prompt(model, prompt, 1).shape[1]
-    if ids.shape[1] <= start:
-        return 1.0
-    log_p = model(ids)[0, :-1].float().log_softmax(-1)
-    losses = -log_p.gather(1, ids[0, 1:, None]).squeeze(1)[start - 1 :]
-    return float(losses.mean().exp())
+    return replace(edit, direction=direction.vector, label=direction.label)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from saekit import embedded
+from saekit.errors import InvalidInput
 from saekit.members import Member
-from saekit.recipe import LanguageModelRecipe, Recipe
+from saekit.recipe import NO_TRAINING, AnyRecipe, LanguageModelRecipe, Recipe
 from saekit.sae.architectures import ARCHITECTURES
 from saekit.text import documents, place
 from saekit.training.shapes import Shape, known_shape, shape_of
@@ -23,10 +24,12 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SUSTAINED = 50e12  # FLOP/s that hours are told at: an assumption, to be replaced by what a GPU really gives
 
 
-def describe(recipe: Recipe | LanguageModelRecipe) -> dict[str, Any]:
+def describe(recipe: AnyRecipe) -> dict[str, Any]:
     """Figures of the run, with `text` for people. Raises what the run itself would raise at its start."""
     if isinstance(recipe, LanguageModelRecipe):
         return _language_model(recipe)
+    if not isinstance(recipe, Recipe):
+        raise InvalidInput(f"recipe {recipe.name} {NO_TRAINING}")
     return _sae(recipe)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from saekit.sae import memory, native
+from saekit.sae import native
 from saekit.sae.ranks import ALONE, Ranks
 
 STATE = ("exp_avg", "exp_avg_sq", "step")
@@ -130,7 +130,6 @@ class Optimizer:
             if norm is not None:
                 rows.mul_(norm / rows.norm(dim=1, keepdim=True))
         self._parameters[name].grad = None
-        memory.give(grad)
 
     def _rows(self, name: str) -> tuple[Tensor, Tensor]:
         """A parameter and its gradient, both contiguous, weight matrices as [S, width]."""

@@ -34,6 +34,8 @@ from saekit.files import existing, read_json
 from saekit.lm import fast_dtype, load_model, special_ids
 from saekit.locks import exclusive
 from saekit.recipe import (
+    NO_TRAINING,
+    AnyRecipe,
     LanguageModelRecipe,
     Recipe,
     differences,
@@ -139,10 +141,9 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         read = read_recipe(recipe, overrides)
-        if isinstance(read, LanguageModelRecipe):
-            raise InvalidInput(
-                f"{recipe} trains a language model: use `saekit train`, which knows both kinds"
-            )
+        if not isinstance(read, Recipe):
+            other = "trains a language model: use `saekit train`"
+            raise InvalidInput(f"{recipe} {other if isinstance(read, LanguageModelRecipe) else NO_TRAINING}")
         recipe = read
     elif overrides:
         raise InvalidInput("overrides go with a recipe file; a Recipe has model_copy(update=…)")
@@ -469,7 +470,7 @@ def _finished(path: Path, recipe: Recipe) -> Run | Sweep:
     return Sweep(path, tuple(runs)) if recipe.is_sweep else runs[0]
 
 
-def _check_same_recipe(path: Path, before: Recipe | LanguageModelRecipe, recipe: Recipe) -> None:
+def _check_same_recipe(path: Path, before: AnyRecipe, recipe: Recipe) -> None:
     if changed := differences(before, recipe, FREE_ON_RESUME):
         details = "; ".join(f"{key}: {old!r} then, {new!r} now" for key, old, new in changed)
         raise InvalidInput(

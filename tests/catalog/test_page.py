@@ -64,12 +64,9 @@ def hostile(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Catal
     features = catalog.table("features").to_pydict()
     features["label"] = [HOSTILE[i % len(HOSTILE)] for i in range(len(catalog))]
     write_table(folder, "features", features)
-    said = {
-        "feature": np.arange(len(catalog)),
-        "method": ["<b>judge</b>"] * len(catalog),
-        "model": [""] * len(catalog),
-    }
-    write_table(folder, "explanations", {**said, "text": features["label"], "score": [0.5] * len(catalog)})
+    n = len(catalog)
+    said = {"feature": np.arange(n), "method": ["<b>judge</b>"] * n, "model": [""] * n, "prompt": [""] * n}
+    write_table(folder, "explanations", {**said, "text": features["label"]})
     return Catalog.open(folder)
 
 
@@ -101,7 +98,9 @@ def listed(markup: str) -> list[int]:
     return [int(n) for n in re.findall(r'href="#(\d+)"', rows)]
 
 
-def test_records_are_the_catalogs(catalog: Catalog) -> None:
+def test_records_are_the_catalogs(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    around = 6  # less than the lines of this catalog
+    monkeypatch.setattr("saekit.catalog.page_data.AROUND", around)
     data = PageData(catalog)
     features = value(data.script("features"))
     assert features["density"] == pytest.approx(catalog.density.tolist(), rel=1e-2)
@@ -120,6 +119,19 @@ def test_records_are_the_catalogs(catalog: Catalog) -> None:
         assert [row[0] for row in record["tokens"]] == [t.token for t in feature.top_tokens]
         assert [row[0] for row in record["raised"]] == [t.token for t in feature.logits_top]
         assert [row[0] for row in record["neighbours"]] == [n.feature for n in feature.neighbours]
+        assert [row[0] for row in record["coactive"]] == [n.feature for n in feature.coactive]
+        for written, band in zip(record["bands"], feature.bands, strict=True):
+            assert written[:3] == pytest.approx([band.low, band.high, band.share], rel=1e-2)
+            for shown, context in zip(written[3], band.contexts, strict=True):
+                assert len(shown["tokens"]) == min(around, len(context.tokens))
+                at = context.peak - shown["peak"]
+                tokens = [shard["tokens"][i] for i in shown["tokens"]]
+                assert tokens == context.tokens[at : at + around]
+                firings = dict(zip(shown["firings"][::2], shown["firings"][1::2], strict=True))
+                assert firings[shown["peak"]] == pytest.approx(context.max_activation, rel=1e-2)
+                assert sorted(firings) == [
+                    i for i, a in enumerate(context.activations[at : at + around]) if a
+                ]
         assert sum(row[2] for row in record["histogram"]) == sum(b.count for b in feature.histogram)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saekit.sae import SAE, choosing
 from saekit.sae.architectures import ARCHITECTURES, Terms
-from saekit.sae.architectures.jumprelu import jump, step
+from saekit.sae.pairs import Above, Pairs
 
 B, D, S, K = 40, 6, 24, 3
 SCALE, LAMBDA = 1.7, 0.3
@@ -149,10 +149,16 @@ def test_the_estimator_is_the_derivative_of_the_expectation() -> None:
     """Mean over smooth data of the straight-through gradient = derivative of the mean (the paper's section 4)."""
     p = torch.randn(2_000_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     theta, width, h = 0.7, 0.1, 0.05
-    for function in (lambda p, t: step(p, t, width), lambda p, t: jump(p, t, width)):
+    at = Above(Pairs.of_rows(torch.zeros_like(p, dtype=torch.int64), 1), p.squeeze(1))
+    for which in ("f", "counts"):
+
+        def mean(threshold: Tensor, which: str = which) -> Tensor:
+            f, _, counts = at.jump(threshold, width)
+            return f.mean() if which == "f" else counts[0] / len(p)
+
         threshold = torch.tensor([theta], dtype=torch.float64, requires_grad=True)
-        estimate = torch.autograd.grad(function(p, threshold).mean(), threshold)[0]
-        above, below = (function(p, torch.tensor([theta + d], dtype=torch.float64)).mean() for d in (h, -h))
+        estimate = torch.autograd.grad(mean(threshold), threshold)[0]
+        above, below = (mean(torch.tensor([theta + d], dtype=torch.float64)) for d in (h, -h))
         torch.testing.assert_close(estimate[0], (above - below) / (2 * h), rtol=0.02, atol=0)
 
 

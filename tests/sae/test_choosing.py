@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from saekit.sae import SAE, choosing
 from saekit.sae.architectures import Terms
-from saekit.sae.pairs import Grid, Pairs
+from saekit.sae.pairs import Above, Grid, Pairs
 from saekit.training.trainer import Trainer
 
 D, S = 8, 48
@@ -97,8 +97,20 @@ def test_above(bounds, dtype, tile, monkeypatch) -> None:
     sae, x = make(dtype)
     q = dense(sae, x)
     limits = torch.linspace(-0.2, 0.4, S) if bounds == "their own" else torch.full((S,), bounds)
-    pairs, p = choosing.above(sae, x, limits.to(dtype), dtype)
-    assert_chosen(pairs, p, q > limits.to(dtype), q)
+    at = choosing.above(sae, x, limits.to(dtype), dtype)
+    assert isinstance(at, Above)
+    assert_chosen(at.pairs, at.p, q > limits.to(dtype), q)
+
+
+def test_no_tokens_have_no_pairs() -> None:
+    """A process may have no rows of a batch."""
+    sae, x = make()
+    at = choosing.above(sae, x[:0], sae.b_enc.detach(), x.dtype)
+    assert isinstance(at, Above)
+    pairs, p = choosing.top_k(sae, x[:0], 3, x.dtype)
+    for chosen, values in ((at.pairs, at.p), (pairs, p)):
+        assert (len(values), chosen.starts.tolist()) == (0, [0])
+        assert not any(g.any() for g in gradients(values, sae))
 
 
 @tiled
@@ -203,9 +215,9 @@ def test_pairs_and_grid_are_one_objective(architecture, dtype, monkeypatch) -> N
     sae = SAE.new(architecture, d_in=D, d_sae=S, dtype=DTYPES[dtype])
     _, x = make(dtype, B=40)
     found = []
-    for share, kind in ((1.0, Pairs), (0.0, Grid)):
+    for share, kind in ((1.0, Above), (0.0, Grid)):
         monkeypatch.setattr(choosing, "DENSE", share)
-        at, _ = choosing.above(sae, x, sae.encoder_bias.new_zeros(S), dtype)
+        at = choosing.above(sae, x, sae.encoder_bias.new_zeros(S), dtype)
         assert isinstance(at, kind)
         got = sae.kind.objective(sae, x, x, Terms(scale=1.3, sparsity=0.2, dtype=dtype))
         names = [name for name, _ in sae.named_parameters()]

@@ -242,6 +242,21 @@ def test_segment_sum_of_any_segments(lengths, W) -> None:
 
 
 @some
+@given(LENGTHS, st.integers(1, 20), WIDTHS)
+def test_sums_of_pairs_in_another_order(lengths, S, W) -> None:
+    tokens, latents, _ = pairs(lengths, S)
+    order, theirs, starts = kernels.by_latent(latents, tokens, S)
+    weights, table = randn(len(order), seed=1), randn(max(1, len(lengths)), W, seed=2)
+    (fast,), (plain,) = both(kernels.segment_sum, theirs, weights, starts, table, order)
+    wanted = torch.zeros(S, W).index_add(0, latents, weights[:, None] * table[tokens])
+    for found in (fast, plain):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+    (fast,), (plain,) = both(kernels.segment_total, weights, order, starts)
+    for found in (fast, plain):
+        torch.testing.assert_close(found, torch.zeros(S).index_add(0, latents, weights), rtol=1e-5, atol=1e-5)
+
+
+@some
 @given(LENGTHS, WIDTHS)
 def test_pair_dots_of_any_pairs(lengths, W) -> None:
     tokens, latents, starts = pairs(lengths, 9)
@@ -260,7 +275,111 @@ def test_decode_error_of_any_pairs(lengths, W) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
+# Every latent of every token
+
+
+def assert_alike(fast, plain, dtype):
+    """Equal to rounding: of bfloat16 the last bit may differ, where a sum is rounded once instead of twice."""
+    for one, other in zip(fast, plain, strict=True):
+        assert one.dtype == other.dtype
+        last = 2**-7 if one.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(one, other, rtol=last, atol=1e-4 if dtype == torch.float32 else 2e-2)
+
+
+def grid(S, B, dtype, seed=0):
+    """Coarse numbers, so that some lie on thresholds and bounds; and one row of none but zeros."""
+    p = ((randn(S, B, seed=seed) * 8).round() / 8).to(dtype)
+    p[0] = 0
+    return p
+
+
+TOKENS = st.integers(1, 40) | st.sampled_from([255, 256, 257])
+vectors = lambda S, n: [(randn(S, seed=9 + i) * 8).round() / 8 for i in range(n)]  # noqa: E731
+
+
+@some
+@given(st.integers(1, 9), TOKENS, st.sampled_from(DTYPES), st.sampled_from([0.0, 0.125, 0.3]), st.booleans())
+def test_jump_of_any_numbers(S, B, dtype, half, relu) -> None:
+    p, (bias, threshold) = grid(S, B, dtype), vectors(S, 2)
+    threshold = torch.zeros(S) if relu else threshold.abs() + 0.125
+    found = p.clone(), p.clone()
+    fast = kernels.jump(found[0], bias, threshold, half)
+    with plainly():
+        plain = kernels.jump(found[1], bias, threshold, half)
+    assert torch.equal(*found)
+    assert torch.equal(found[0].signbit(), found[1].signbit())
+    assert_alike(fast, plain, dtype)
+    v, bound = p.float() + bias[:, None], threshold[:, None]
+    assert torch.equal(found[0], torch.where(v > bound, v, 0).to(dtype))
+    assert torch.equal(found[0].signbit(), (v <= bound) & (v > bound - half))
+    assert torch.equal(fast[1], (found[0] > 0).sum(1).float())
+
+
+@some
+@given(
+    st.integers(1, 9),
+    TOKENS,
+    st.sampled_from(DTYPES),
+    st.sampled_from([0.0, 0.125, 0.3]),
+    st.sampled_from([0.0, 2.0]),
+)
+def test_the_gradient_of_a_jump(S, B, dtype, half, felt) -> None:
+    f, (bias, threshold, lift), g = grid(S, B, dtype), vectors(S, 3), randn(S, B, seed=3).to(dtype)
+    threshold = threshold.abs() + 0.125
+    p = f.float() + bias[:, None]
+    kernels.jump(f, bias, threshold, half)
+    fast, plain = both(kernels.jump_back, f, g, threshold, lift, half, felt)
+    assert_alike(fast, plain, dtype)
+    near = (p - threshold[:, None]).abs() < half
+    assert torch.equal(fast[3], near.sum(1).float())
+    slope = torch.where(near, felt * threshold[:, None] * g, 0)
+    wanted = torch.where(p > threshold[:, None], g + lift[:, None], 0) + slope
+    assert_alike(fast[:1], (wanted.to(dtype),), dtype)
+
+
+@some
+@given(st.integers(1, 9), TOKENS, st.sampled_from(DTYPES))
+def test_a_gate_of_any_numbers_and_its_gradient(S, B, dtype) -> None:
+    p, (bias, a, b, lift) = grid(S, B, dtype), vectors(S, 4)
+    found = p.clone(), p.clone()
+    fast = kernels.gate(found[0], bias, a, b)
+    with plainly():
+        plain = kernels.gate(found[1], bias, a, b)
+    assert torch.equal(*found)
+    assert_alike(fast[:2], plain[:2], dtype)
+    assert ((fast[2] - plain[2]).abs() <= 1).all(), "a sum that is zero but for rounding may be either"
+    gate = found[0].clone()
+    assert torch.equal(gate, (p.float() + bias[:, None]).relu().to(dtype))
+    g_gate, g_f = (randn(S, B, seed=seed).to(dtype) for seed in (3, 4))
+    assert_alike(*both(kernels.gate_back, gate, g_gate, g_f, a, b, lift), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_nan_where_all_latents_are_looked_at(dtype) -> None:
+    for function, wanted in ((kernels.jump, (0.0, 0.1)), (kernels.gate, None)):
+        p = randn(3, 40).to(dtype)
+        p[1, 5] = p[1, 39] = NAN
+        at = [torch.zeros(3), wanted[1]] if wanted else [torch.ones(3), torch.zeros(3)]
+        function(p, torch.zeros(3), *at)
+        assert p.isnan().nonzero().tolist() == [[1, 5], [1, 39]]
+        nan_of_all_bits = torch.tensor([0, 0, 2**31 - 1], dtype=torch.int32).view(torch.float32)
+        function(p, nan_of_all_bits, *at)
+        assert p[2].isnan().all()
+
+
 # Threads
+
+
+def in_place(function):
+    """Of what writes over its first argument: without that, and with what it wrote."""
+
+    def kept(p, *arguments):
+        p = p.clone()
+        return p, *function(p, *arguments)
+
+    kept.__name__ = function.__name__
+    return kept
+
 
 UNEVEN = [3000, *[0] * 50, *range(200), *[1] * 300, 0]
 
@@ -273,12 +392,22 @@ def test_the_same_bits_with_any_number_of_threads(n) -> None:
     weights, rows, rest = randn(len(tokens), seed=1), randn(400, W, seed=2), randn(B, W, seed=3)
     p, bias = randn(200, 9000), randn(9000, seed=1)
     assert p.numel() > ENOUGH
+    many = (
+        torch.randint(400, (6 * 2**15,), generator=torch.Generator().manual_seed(5)),
+        torch.arange(6 * 2**15),
+    )
     calls = [
         (kernels.top_k, p, bias, 20),
         (kernels.top_k, p.bfloat16(), bias, 20),
         (kernels.above, p, bias, torch.full_like(bias, 2.0)),
         (kernels.by_latent, latents, tokens, 400),
+        (kernels.by_latent, *many, 400),
         (kernels.segment_sum, latents, weights, starts, rows),
+        (in_place(kernels.jump), p, randn(200), torch.rand(200), 0.1),
+        (in_place(kernels.jump), p.bfloat16(), randn(200), torch.rand(200), 0.1),
+        (kernels.jump_back, p, p + 1, torch.rand(200), randn(200), 0.1, 2.0),
+        (in_place(kernels.gate), p, randn(200), randn(200, seed=1), randn(200, seed=2)),
+        (kernels.gate_back, p, p + 1, p - 1, randn(200), randn(200, seed=1), randn(200, seed=2)),
         (kernels.pair_dots, tokens, latents, starts, rest, rows),
         (kernels.decode_error, tokens, latents, starts, weights, rows, rest),
     ]

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saekit.sae.pairs import Grid, Pairs
+from saekit.sae import pairs as pairs_module
+from saekit.sae.pairs import Above, Grid, Pairs
 
 DTYPES = [torch.float64, torch.float32]
 B, D, E, S = 33, 16, 10, 24
@@ -97,18 +98,101 @@ def test_of_a_vector(pairs, dtype) -> None:
     assert_gradients((at * g).sum(), (vector[pairs.latents] * g).sum(), [vector])
 
 
+def above(p, bound=0.0):
+    """The pairs at which p [B, S] exceeds a bound, with a graph to p."""
+    chosen = p.detach() > bound
+    return Above(ragged(chosen), p[chosen])
+
+
+def spread(f, at):
+    """Latents f as [B, S]."""
+    return everywhere(f, at.pairs) if isinstance(at, Above) else f
+
+
+class Everything:
+    """An encoder and a decoder, and p [B, S] with a graph to what made it, looked at as pairs or as a grid."""
+
+    def __init__(self, dtype, layout, shifted=True, bound=0.0):
+        self.x, self.W_enc, self.W_dec, self.bias, self.shift, self.rest = weights(dtype)
+        self.vectors = [randn(S, dtype=dtype, seed=20 + i).requires_grad_() for i in range(3)]
+        self.leaves = [self.W_enc, self.bias, self.W_dec, self.rest, *([self.shift] if shifted else [])]
+        for leaf in self.leaves:
+            leaf.requires_grad_()
+        x = self.x - self.shift if shifted else self.x
+        self.p = x @ self.W_enc + self.bias
+        shift = self.shift if shifted else None
+        grid = Grid(x.detach(), self.W_enc, self.bias, shift, dtype)
+        self.at = grid if layout == "grid" else above(self.p, bound)
+
+
+over_layouts = pytest.mark.parametrize("layout", ["pairs", "grid"])
+
+
 @over_dtypes
-@over_pairs
-def test_the_total_weighted_by_latent(pairs, dtype) -> None:
-    leaves = [
-        t.requires_grad_() for t in (randn(len(pairs.latents), dtype=dtype), randn(S, dtype=dtype, seed=1))
-    ]
-    f, vector = leaves
-    total, plain = pairs.total(f, vector), (everywhere(f, pairs) @ vector).sum()
-    torch.testing.assert_close(total, plain, **CLOSE[dtype])
-    assert_gradients(2 * total, 2 * plain, leaves)
-    dense = everywhere(f, pairs)
-    torch.testing.assert_close(Grid(dtype).total(dense, vector), plain, **CLOSE[dtype])
+@over_layouts
+@pytest.mark.parametrize("shifted", [True, False])
+def test_relu_and_what_follows(layout, shifted, dtype) -> None:
+    """Values and every gradient of all that an objective may make of it, against dense autograd."""
+    all = Everything(dtype, layout, shifted)
+    v, g = all.vectors[0], randn(B, E, dtype=dtype, seed=9)
+    f, sums, counts = all.at.relu()
+    plain = all.p.relu()
+    torch.testing.assert_close(spread(f, all.at), plain, **CLOSE[dtype])
+    torch.testing.assert_close(sums, plain.sum(0), **CLOSE[dtype])
+    assert torch.equal(counts, (plain > 0).sum(0).to(dtype))
+    total, error = all.at.squared_error(f, all.W_dec, all.rest)
+    e = all.rest - plain @ all.W_dec
+    torch.testing.assert_close(error, e, **CLOSE[dtype])
+    fast, slow = (
+        3 * total + (error * g).sum() + sums @ v + (f * all.at.of(v)).square().sum(),
+        3 * e.square().sum() + (e * g).sum() + plain.sum(0) @ v + (plain * v).square().sum(),
+    )
+    assert_gradients(fast, slow, [*all.leaves, v])
+
+
+@over_dtypes
+@over_layouts
+@pytest.mark.parametrize("felt", [False, True])
+def test_jump_and_what_follows(layout, felt, dtype) -> None:
+    """A surrogate with the same values whose plain gradients are the estimators."""
+    width = 0.6
+    all = Everything(dtype, layout, bound=-1.0)
+    threshold, v, w = all.vectors
+    threshold.data.abs_().add_(0.1)
+    f, sums, counts = all.at.jump(threshold, width, felt=felt)
+    fires = (all.p > threshold).to(dtype)
+    near = ((all.p - threshold).abs() < width / 2).to(dtype).detach()
+    moved = threshold - threshold.detach()
+    slope = near * threshold.detach() / width
+    plain = all.p * fires - slope * (moved - (all.p - all.p.detach() if felt else 0))
+    n = (fires - near / width * moved).sum(0)
+    torch.testing.assert_close(spread(f, all.at), plain, **CLOSE[dtype])
+    torch.testing.assert_close(sums, (all.p * fires).sum(0), **CLOSE[dtype])
+    assert torch.equal(counts, fires.sum(0).to(dtype))
+    total = all.at.squared_error(f, all.W_dec, all.rest)[0]
+    e = all.rest - plain @ all.W_dec
+    fast = 3 * total + sums @ v + counts @ w
+    assert_gradients(
+        fast, 3 * e.square().sum() + (all.p * fires).sum(0) @ v + n @ w, [*all.leaves, *all.vectors]
+    )
+
+
+@over_dtypes
+@over_layouts
+def test_gate_and_what_follows(layout, dtype) -> None:
+    all = Everything(dtype, layout)
+    a, b, v = all.vectors
+    gate, f, sums, counts = all.at.gate(a, b)
+    plain = (all.p > 0) * (a * all.p.relu() + b).relu()
+    for found, wanted in ((gate, all.p.relu()), (f, plain)):
+        torch.testing.assert_close(spread(found, all.at), wanted, **CLOSE[dtype])
+    torch.testing.assert_close(sums, all.p.relu().sum(0), **CLOSE[dtype])
+    assert torch.equal(counts, (plain > 0).sum(0).to(dtype))
+    fast = 3 * all.at.squared_error(f, all.W_dec, all.rest)[0] + sums @ v
+    fast = fast + all.at.squared_error(gate, all.W_dec.detach(), all.rest)[0]
+    slow = 3 * (all.rest - plain @ all.W_dec).square().sum() + all.p.relu().sum(0) @ v
+    slow = slow + (all.rest - all.p.relu() @ all.W_dec.detach()).square().sum()
+    assert_gradients(fast / 100, slow / 100, [*all.leaves, *all.vectors])
 
 
 LOSSES = {
@@ -167,9 +251,10 @@ def test_what_is_held_fast_gets_no_gradient_and_changes_no_other(held, dtype) ->
 
 
 @over_pairs
-def test_which_latents_fired_and_which_pairs_are_kept(pairs) -> None:
+def test_how_often_latents_fire_and_which_pairs_are_kept(pairs) -> None:
     fires = torch.rand(len(pairs.latents), generator=torch.Generator().manual_seed(4)) < 0.3
-    assert torch.equal(pairs.fired(fires), everywhere(fires.int(), pairs).bool().any(0))
+    f = torch.where(fires, 1.5, 0.0)
+    assert torch.equal(pairs.counts(f), everywhere(fires.float(), pairs).sum(0))
     kept = pairs.where(fires)
     assert torch.equal(kept.tokens, pairs.tokens[fires])
     assert torch.equal(kept.latents, pairs.latents[fires])
@@ -208,35 +293,37 @@ def test_latents_nobody_chose_get_no_gradient() -> None:
     assert torch.autograd.grad(p.sum(), bias)[0].tolist() == [0, 0, 3, 0, 0, 0, 0, 1, 0, 0]
 
 
-@over_dtypes
-def test_a_grid_is_plain_algebra(dtype) -> None:
-    x, W_enc, W_dec, bias, shift, rest = weights(dtype)
-    leaves = [t.requires_grad_() for t in (W_enc, W_dec, bias, shift, rest)]
-    grid = Grid(dtype)
-    p = grid.preactivations(x - shift, W_enc, bias)
-    assert torch.equal(p, (x - shift) @ W_enc + bias)
-    total, error = grid.squared_error(p.relu() * grid.of(bias), W_dec, rest)
-    plain = rest - (((x - shift) @ W_enc + bias).relu() * bias) @ W_dec
-    torch.testing.assert_close(error, plain, **CLOSE[dtype])
-    torch.testing.assert_close(total, plain.square().sum(), **CLOSE[dtype])
-    assert_gradients(total + error.sum(), plain.square().sum() + plain.sum(), leaves)
-    assert torch.equal(grid.fired(p > 1), (p > 1).any(0))
-
-
 def test_a_grid_of_rounded_operands_is_near_the_exact_one() -> None:
-    x, W_enc, W_dec, bias, _, rest = weights(torch.float32)
-    leaves = [t.requires_grad_() for t in (x, W_enc, W_dec, bias, rest)]
+    x, W_enc, W_dec, bias, shift, rest = weights(torch.float32)
+    leaves = [t.requires_grad_() for t in (W_enc, W_dec, bias, shift, rest)]
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        grid = Grid(dtype)
-        f = grid.preactivations(x, W_enc, bias).relu()
+        grid = Grid((x - shift).detach(), W_enc, bias, shift, dtype)
+        f, sums, counts = grid.relu()
         total, error = grid.squared_error(f, W_dec, rest)
-        mean = grid.total(f, bias)
+        mean = sums @ bias
         gradients = torch.autograd.grad(total + error.sum() + mean, leaves)
-        assert all(t.dtype == torch.float32 for t in (total, error, mean, *gradients)), "as the weights are"
+        assert f.dtype == dtype
+        assert all(t.dtype == torch.float32 for t in (sums, counts, total, error, *gradients)), (
+            "as the weights are"
+        )
         found.append([f.float(), total, error, mean, *gradients])
     for exact, rounded in zip(*found, strict=True):
         assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [1, 7, 24, 1000])
+def test_a_grid_s_gradient_does_not_depend_on_its_blocks(block, dtype, monkeypatch) -> None:
+    x, W_enc, _, bias, shift, _ = weights(torch.float32)
+    leaves = [t.requires_grad_() for t in (W_enc, bias, shift)]
+    found = []
+    for size in (S, block):
+        monkeypatch.setattr(pairs_module, "BLOCK", size)
+        f, sums, _ = Grid((x - shift).detach(), W_enc, bias, shift, dtype).relu()
+        found.append(torch.autograd.grad(f.float().square().sum() + sums.sum(), leaves))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -246,8 +333,8 @@ def test_gradients_lie_in_memory_as_the_weights_do(dense) -> None:
         leaf.requires_grad_()
     p = (x - shift) @ W_enc.detach() + bias
     if dense:
-        at = Grid(torch.float32)
-        p = at.preactivations(x - shift, W_enc, bias)
+        at = Grid(x - shift, W_enc, bias, shift, torch.float32)
+        p, _, _ = at.relu()
     else:
         at = PAIRS["half"]
         p = at.preactivations(p[at.tokens, at.latents], x - shift, W_enc, bias, shift)

@@ -33,6 +33,7 @@ function load(name) {
 async function record(index, shard) {
   const { tokens, features } = await load(`shard-${Math.floor(index / shard)}`);
   const found = features[index % shard];
-  const contexts = found.contexts.map((context) => ({ ...context, tokens: context.tokens.map((i) => tokens[i]) }));
-  return { ...found, contexts };
+  const spell = (contexts) => contexts.map((context) => ({ ...context, tokens: context.tokens.map((i) => tokens[i]) }));
+  const bands = found.bands.map(([low, high, share, contexts]) => [low, high, share, spell(contexts)]);
+  return { ...found, contexts: spell(found.contexts), bands };
 }

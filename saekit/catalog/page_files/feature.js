@@ -18,26 +18,27 @@ function featureView(catalog, index, found) {
     make("a", { href: "#", className: "back" }, "← all features"),
     title,
     make("p", { className: "facts" }, facts),
-    explanations(found.explanations),
+    explanations(found.explanations, features.label[index]),
     make(
       "div",
       { className: "record" },
-      make("div", {}, contexts(found.contexts, max)),
+      make("div", {}, contexts(found.contexts, max), bands(found.bands, max)),
       make(
         "div",
         {},
         histogram(found.histogram),
         tokens(found.tokens, max),
         logits(found.raised, found.lowered),
-        neighbours(found.neighbours, features),
+        neighbours("Nearest directions", "cosine", found.neighbours, features),
+        neighbours("Fire on the same tokens", "Jaccard", found.coactive, features),
       ),
       make("div", {}, overview.live ? steering(index, max) : null, recipe(overview, index)),
     ),
   ];
 }
 
-function explanations(all) {
-  const said = all.filter(([method]) => method !== "top_tokens"); // the title says those
+function explanations(all, title) {
+  const said = all.filter(([, text, score]) => text !== title || score !== null); // what the title says needs no second line
   if (!said.length) return null;
   const item = ([method, text, score]) =>
     make("li", {}, make("bdi", {}, visible(text)), make("small", {}, ` ${visible(method)}${score === null ? "" : `, score ${short(score)}`}`));
@@ -48,6 +49,19 @@ function contexts(all, max) {
   if (!all.length) return null;
   const list = make("ol", { className: "contexts" });
   return section("Strongest contexts", list, fill(list, all, CONTEXTS_AT_FIRST, (context) => contextLine(context, max)));
+}
+
+/** Samples from the equal parts of the active range, the strongest part first. */
+function bands(all, max) {
+  const filled = all.filter(([, , , found]) => found.length).reverse();
+  if (!filled.length) return null;
+  const part = ([low, high, share, found]) =>
+    make(
+      "div", {},
+      make("p", { className: "facts" }, `${short(low)} to ${short(high)} · about ${percent(share)} of its firings`),
+      make("ol", { className: "contexts" }, ...found.map((context) => contextLine(context, max))),
+    );
+  return section("Samples over its range", ...filled.map(part));
 }
 
 /** Puts the first few of `all` into a list; returns a button that adds the rest, or null when there is none. */
@@ -64,12 +78,12 @@ function fill(list, all, atFirst, toElement) {
 }
 
 /** A stretch of text, each token coloured by its activation; the number appears under the pointer. */
-function contextLine({ tokens, firings, peak, document: number }, max) {
+function contextLine({ tokens, firings, peak, document: number, sink }, max) {
   const activation = new Map();
   for (let i = 0; i < firings.length; i += 2) activation.set(firings[i], firings[i + 1]);
   const pieces = tokens.flatMap((token, i) => heated(i ? token : token.trimStart(), activation.get(i) ?? 0, max, i === peak));
   const text = make("p", { dir: "auto" }, ...pieces);
-  const strongest = make("span", { className: "peak", title: `document ${number}` }, short(activation.get(peak) ?? 0));
+  const strongest = make("span", { className: "peak", title: `document ${number}${sink ? ", an attention sink" : ""}` }, short(activation.get(peak) ?? 0));
   return make("li", {}, strongest, text);
 }
 
@@ -115,9 +129,10 @@ function logits(raised, lowered) {
   );
 }
 
-function neighbours(all, features) {
-  const rows = all.map(([index, cosine]) => [linkTo(features, index), bar(short(cosine), cosine)]);
-  return section("Nearest directions", table(["feature", "cosine"], rows));
+function neighbours(title, measure, all, features) {
+  if (!all.length) return null;
+  const rows = all.map(([index, similarity]) => [linkTo(features, index), bar(short(similarity), similarity)]);
+  return section(title, table(["feature", measure], rows));
 }
 
 /** How to steer with it, to copy. */

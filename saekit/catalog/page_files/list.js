@@ -8,8 +8,8 @@ const BEYOND = 8; // rows kept above and below what can be seen
 const wordsOf = (text) =>
   text.normalize("NFD").replace(/\p{M}/gu, "").toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [];
 
-/** Scores as `catalog.search` gives them: 2 × share of activation on matching tokens, 1 / (1 + rank) of the best
- *  matching raised token, 1 for an explanation. Returns feature → score. */
+/** Scores as `catalog.search` gives them: share of activation on matching tokens, ¼ / (1 + rank) of the best matching
+ *  raised token, 1 for an explanation. Returns feature → score. */
 function scores({ words, said }, query) {
   const score = new Map();
   const add = (feature, amount) => score.set(feature, (score.get(feature) ?? 0) + amount);
@@ -18,11 +18,11 @@ function scores({ words, said }, query) {
     const best = new Map();
     for (const [token, fires, raised] of words) {
       if (!matches(token)) continue;
-      for (let i = 0; i < fires.length; i += 2) add(fires[i], 2 * fires[i + 1]);
+      for (let i = 0; i < fires.length; i += 2) add(fires[i], fires[i + 1]);
       for (let i = 0; i < raised.length; i += 2)
         best.set(raised[i], Math.min(raised[i + 1], best.get(raised[i]) ?? Infinity));
     }
-    for (const [feature, rank] of best) add(feature, 1 / (1 + rank));
+    for (const [feature, rank] of best) add(feature, 0.25 / (1 + rank));
     for (const [feature, text] of said) if (matches(text)) add(feature, 1);
   }
   return score;

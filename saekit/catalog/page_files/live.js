@@ -42,7 +42,11 @@ function choice(...options) {
   return make("select", {}, ...options.map((option) => make("option", {}, option)));
 }
 
-const UNITS = { add: ["norm", "max", "raw"], clamp: ["max", "raw"], scale: ["raw"], ablate: ["raw"] };
+const UNITS = {
+  add: ["norm", "max", "raw"], clamp: ["max", "raw"], min_clamp: ["max", "raw"], scale: ["raw"], ablate: ["raw"],
+  project_out: ["raw"], rescale: ["raw"], cap: ["norm", "raw"],
+};
+const WITHOUT_STRENGTH = ["ablate", "project_out"];
 let lastPrompt = "Once upon a time"; // kept from feature to feature
 
 /** The steering box of a feature. */
@@ -54,7 +58,7 @@ function steering(index, max) {
   kind.onchange = () => {
     const fitting = UNITS[kind.value].filter((name) => name !== "max" || max > 0);
     unit.replaceChildren(...fitting.map((name) => make("option", {}, name)));
-    strength.disabled = kind.value === "ablate";
+    strength.disabled = WITHOUT_STRENGTH.includes(kind.value);
   };
   kind.onchange();
   const question = () => {

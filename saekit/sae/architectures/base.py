@@ -106,19 +106,21 @@ def objective(
     at: At,
     terms: Terms,
     *,
-    sparsity: Tensor | None = None,
+    counts: Tensor,
+    sparsity: Tensor,
 ) -> Objective:
-    """s² mean‖y − x̂‖² + sparsity + α s² mean‖e − ê‖² of latents f, which lie `at` pairs or everywhere."""
+    """s² mean‖y − x̂‖² + sparsity + α s² mean‖e − ê‖² of latents f, which lie `at` pairs or everywhere.
+
+    counts [S]: on how many tokens each latent fires.
+    """
     rest = without_affine(sae, x, y, terms)
     total, error = at.squared_error(f, sae.W_dec, rest)
     mse, error = total / terms.tokens(x), error.detach()
-    loss, aux = terms.scale**2 * mse, torch.zeros_like(mse)
-    if sparsity is not None:
-        loss = loss + sparsity
+    loss, aux = terms.scale**2 * mse + sparsity, torch.zeros_like(mse)
     if terms.dead is not None:
         aux = terms.scale**2 * auxk(sae, x, error, terms) / terms.tokens(x)
         loss = loss + terms.aux * aux
-    return report(loss, mse, aux, f, at, error, variance(sae, y, rest, terms), terms, sparsity)
+    return report(loss, mse, aux, counts, error, variance(sae, y, rest, terms), terms, sparsity)
 
 
 def without_affine(sae: SAE, x: Tensor, y: Tensor, terms: Terms) -> Tensor:
@@ -149,23 +151,22 @@ def report(
     loss: Tensor,
     mse: Tensor,
     aux: Tensor,
-    f: Tensor,
-    at: At,
+    counts: Tensor,
     error: Tensor,
     spread: Tensor,
     terms: Terms,
     sparsity: Tensor | None = None,
 ) -> Objective:
-    """What a batch gave, as figures without a graph beside the loss."""
-    fires = f.detach() > 0
+    """What a batch gave, as figures without a graph beside the loss. counts [S]: on how many tokens each latent fires."""
+    counts = counts.detach()
     return Objective(
         loss=loss,
         mse=mse.detach(),
         variance=spread,
         sparsity=torch.zeros_like(spread) if sparsity is None else sparsity.detach(),
         aux=aux.detach(),
-        l0=fires.count_nonzero() / terms.tokens(error),
-        fired=at.fired(fires),
+        l0=counts.sum() / terms.tokens(error),
+        fired=counts > 0,
         error=error,
     )
 

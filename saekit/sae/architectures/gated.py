@@ -36,12 +36,13 @@ class Gated(Architecture):
         return (p > 0) * magnitude.relu()
 
     def objective(self, sae: SAE, x: Tensor, y: Tensor, terms: Terms) -> Objective:
-        at, p = choosing.above(sae, x, torch.zeros_like(sae.b_gate), terms.dtype or x.dtype, terms.ranks)
-        gate = p.relu()
-        magnitude = at.of(sae.r_mag.exp()) * (p - at.of(sae.b_gate)) + at.of(sae.b_mag)
+        at = choosing.above(sae, x, torch.zeros_like(sae.b_gate), terms.dtype or x.dtype, terms.ranks)
+        stretch = sae.r_mag.exp()  # of π itself, which holds b_gate: m = e^{r_mag} (π − b_gate) + b_mag
+        gate, f, sums, counts = at.gate(stretch, sae.b_mag - stretch * sae.b_gate)
         norms = sae.decoder_norms().detach()
-        sparsity = terms.sparsity * terms.scale * at.total(gate, norms) / terms.tokens(x)
-        found = objective(sae, x, y, (p > 0) * magnitude.relu(), at, terms, sparsity=sparsity)
+        sparsity = terms.sparsity * terms.scale * (sums @ norms) / terms.tokens(x)
         rest = y - sae.affine(x).detach()
+        # Before f's error, so that a dense step forgets f before it makes the gate's gradient: three of all latents at most
         via_gate = terms.scale**2 * at.squared_error(gate, sae.W_dec.detach(), rest)[0] / terms.tokens(x)
+        found = objective(sae, x, y, f, at, terms, counts=counts, sparsity=sparsity)
         return found._replace(loss=found.loss + via_gate, aux=found.aux + via_gate.detach())

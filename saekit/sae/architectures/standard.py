@@ -29,7 +29,7 @@ class Standard(Architecture):
         return p.relu()
 
     def objective(self, sae: SAE, x: Tensor, y: Tensor, terms: Terms) -> Objective:
-        at, p = choosing.above(sae, x, torch.zeros_like(sae.b_enc), terms.dtype or x.dtype, terms.ranks)
-        f = p.relu()
-        sparsity = terms.sparsity * terms.scale * at.total(f, sae.decoder_norms()) / terms.tokens(x)
-        return objective(sae, x, y, f, at, terms, sparsity=sparsity)
+        at = choosing.above(sae, x, torch.zeros_like(sae.b_enc), terms.dtype or x.dtype, terms.ranks)
+        f, sums, counts = at.relu()
+        sparsity = terms.sparsity * terms.scale * (sums @ sae.decoder_norms()) / terms.tokens(x)
+        return objective(sae, x, y, f, at, terms, counts=counts, sparsity=sparsity)

@@ -76,7 +76,7 @@ class TopK(Architecture):
             left = terms.ranks.data.sum(error.square().sum()).clamp_min(torch.finfo(x.dtype).tiny)
             aux = auxk(sae, x, error, terms) / left
             loss = loss + terms.scale**2 * spread * terms.aux * aux
-        found = report(loss, mse, aux, f, pairs, error, spread, terms)
+        found = report(loss, mse, aux, pairs.counts(f), error, spread, terms)
         values = f.detach()
         smallest = (
             torch.where(values > 0, values, torch.inf).amin() if len(values) else values.new_tensor(torch.inf)
