@@ -1,7 +1,7 @@
-"""SAEDashboard as a child of `benchmarks.speed`, in the peers' environment: the data of every feature, and its page.
+"""SAEDashboard as a child of `benchmarks.speed`, in the peers' environment: the data of every feature, and its pages.
 
-One step is `SaeVisRunner.run` over all features and tokens with its default layout and minibatches, and
-`save_feature_centric_vis` of what it found.
+One step is `SaeVisRunner.run` with its default layout and minibatches, and `save_feature_centric_vis` of what it found, for `PAGE`
+features at a time: all of them at once would be kept in memory as Python objects until the last one is done.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor
 from benchmarks.speed_process import Task
 from benchmarks.speed_saelens import hooked
 
+PAGE = 256  # its own default for features that go through the model together
+
 
 def make(job: dict[str, Any], arrays: Mapping[str, Tensor]) -> Task:
     model = hooked(job["model"])
@@ -27,12 +29,16 @@ def make(job: dict[str, Any], arrays: Mapping[str, Tensor]) -> Task:
 
     def once() -> None:
         nonlocal bytes_written
-        sae = sae_lens.SAE.load_from_disk(job["sae"])  # the runner folds its norms in place
-        config = SaeVisConfig(hook_point=job["site"], features=range(sae.cfg.d_sae), device="cpu")
-        data = SaeVisRunner(config).run(encoder=sae, model=model, tokens=arrays["ids"][: job["rows"]])
-        with tempfile.TemporaryDirectory() as folder:
-            page = Path(folder) / "page.html"
-            save_feature_centric_vis(data, page)
-            bytes_written = page.stat().st_size
+        bytes_written = 0
+        d_sae = sae_lens.SAE.load_from_disk(job["sae"]).cfg.d_sae
+        for first in range(0, d_sae, PAGE):
+            sae = sae_lens.SAE.load_from_disk(job["sae"])  # the runner folds its norms in place
+            features = range(first, min(first + PAGE, d_sae))
+            config = SaeVisConfig(hook_point=job["site"], features=features, device="cpu")
+            data = SaeVisRunner(config).run(encoder=sae, model=model, tokens=arrays["ids"][: job["rows"]])
+            with tempfile.TemporaryDirectory() as folder:
+                page = Path(folder) / "page.html"
+                save_feature_centric_vis(data, page)
+                bytes_written += page.stat().st_size
 
     return Task(once, lambda: {"disk_mb": round(bytes_written / 2**20, 2)})

@@ -80,16 +80,106 @@ def test_the_whole_way_by_hand(recipe, corpus, tmp_path, monkeypatch, capsys) ->
     assert "KL" in output(
         capsys, "steer", "cat", feature, "--prompt", "The king", "--kind", "ablate", "--positions", "1,2"
     )
-    rows = json.loads(
-        output(capsys, "sweep", "cat", feature, "--prompt", "The king", "--strengths", "0,4", "--json")
-    )
+    curve = [
+        "sweep",
+        "cat",
+        feature,
+        "--prompt",
+        "The king",
+        "--strengths",
+        "0,4",
+        "--samples",
+        2,
+        "--controls",
+        1,
+    ]
+    rows = json.loads(output(capsys, *curve, "--keywords", "king,River", "--json"))
     assert [row["strength"] for row in rows] == [0, 4]
-    assert rows[0]["kl"] == 0
-    assert "control KL" in output(
-        capsys, "sweep", "cat", feature, "--prompt", "The king", "--strengths", "0,4"
-    )
+    assert rows[0]["kl"] == pytest.approx(rows[0]["control_kl"], abs=1e-6) == pytest.approx(0, abs=1e-6)
+    assert rows[1]["keywords"] is not None
+    assert "random" in output(capsys, *curve, "--figure", "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
     page = output(capsys, "catalog", "page", "cat", "site").strip()
     assert (tmp_path / page).is_file()
+
+
+@pytest.fixture
+def built(recipe, corpus, tmp_path, monkeypatch, capsys):
+    """A trained SAE and its catalog, `checkpoints/small/final` and `cat`, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    output(capsys, "train", recipe)
+    output(capsys, "catalog", "build", "checkpoints/small/final", "--text", corpus, "--out", "cat")
+
+
+def test_a_catalog_is_asked_by_hand(built, corpus, tmp_path, capsys) -> None:
+    hits = json.loads(output(capsys, "catalog", "search", "cat", "--sort", "density", "--limit", 3, "--json"))
+    densities = [hit["density"] for hit in hits]
+    assert densities == sorted(densities, reverse=True)
+    feature = hits[0]["feature"]
+    assert "of its firings" in output(capsys, "catalog", "show", "cat", feature, "--bands")
+    fired = json.loads(output(capsys, "catalog", "firing", "cat", "The king sees a river", "--json"))
+    assert len(fired["tokens"]) == len(fired["features"]) > 4
+    assert "king" in output(capsys, "catalog", "firing", "cat", "The king sees a river")
+    near = json.loads(output(capsys, "catalog", "near", "cat", feature, "--by", "firing", "--json"))
+    assert all(0 < one["similarity"] <= 1 for one in near)
+    exact = json.loads(
+        output(capsys, "catalog", "raising", "cat", " king", "--exact", "--limit", 4, "--json")
+    )
+    effects = [one["effect"] for one in exact]
+    assert effects == sorted(effects, reverse=True)
+    same = json.loads(output(capsys, "catalog", "diff", "cat", "cat", "--json"))
+    assert same["share"] == 1
+    assert "nothing wrong" in output(capsys, "catalog", "check", "cat")
+    (tmp_path / "cat" / "tokens.parquet").write_bytes(b"")
+    assert main(["catalog", "check", "cat"]) == 1
+    assert "tokens.parquet" in capsys.readouterr().out
+
+
+def test_parts_are_merged_to_what_one_build_makes(built, corpus, tmp_path, capsys) -> None:
+    for i in (1, 2):
+        output(
+            capsys, "catalog", "build", "checkpoints/small/final", "--text", corpus, "--out", f"part-{i}", "--part", f"{i}/2"
+        )  # fmt: skip
+    merged = json.loads(output(capsys, "catalog", "merge", "part-1", "part-2", "--out", "merged", "--json"))
+    assert merged["features"] == 64
+    for file in (tmp_path / "cat").iterdir():
+        assert file.read_bytes() == (tmp_path / "merged" / file.name).read_bytes(), file.name
+
+
+def test_features_are_explained_by_hand(built, tmp_path, capsys) -> None:
+    told = output(
+        capsys, "catalog", "explain", "cat", "--top", 2, "--prompts-out", "asked.jsonl", "--model", "judge"
+    )
+    assert "prompts" in told
+    ids = [json.loads(line)["custom_id"] for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    answers = "".join(json.dumps({"id": i, "text": "words about kings"}) + "\n" for i in ids)
+    (tmp_path / "answered.jsonl").write_text(answers)
+    done = json.loads(
+        output(capsys, "catalog", "explain", "cat", "--top", 2, "--answers-in", "answered.jsonl", "--model", "judge", "--json")
+    )  # fmt: skip
+    assert {row["text"] for row in done["explanations"]} == {"words about kings"}
+    feature = done["explanations"][0]["feature"]
+    output(capsys, "catalog", "note", "cat", feature, "royal things", "--author", "me")
+    record = json.loads(output(capsys, "catalog", "show", "cat", feature, "--json"))
+    assert record["explanation"] == "royal things"
+    assert main(["catalog", "explain", "cat", "--base-url", "http://127.0.0.1:9", "--model", "judge"]) == 1
+    assert "--yes" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_catalog_goes_to_neuronpedias_layout(built, tmp_path, capsys) -> None:
+    arguments = ["catalog", "export", "cat", "out", "--model-id", "tiny", "--source-set", "res-own", "--json"]
+    assert json.loads(output(capsys, *arguments))["path"]
+    assert list((tmp_path / "out").rglob("features/batch-0.jsonl.gz"))
+
+
+def test_reading_by_hand(built, capsys) -> None:
+    read = json.loads(output(capsys, "read", "cat", 3, "--text", "The king sees a river", "--json"))
+    assert len(read["tokens"]) > 4
+    assert "king" in output(capsys, "read", "checkpoints/small/final", 3, "--text", "The king sees a river")
+    assert main(["read", "cat", "--text", "x"]) == 1
+    assert "expected the number of a feature, or --direction FILE" in capsys.readouterr().err
+    lens = output(capsys, "lens", "tiny", "--text", "The king sees a", "--token", " river", "--layers", "0,6")
+    assert "river" in lens
 
 
 @pytest.mark.parametrize(
@@ -104,6 +194,9 @@ def test_the_whole_way_by_hand(recipe, corpus, tmp_path, monkeypatch, capsys) ->
         ["sweep", "tiny", "5", "--prompt", "x", "--strengths", "a,b"],
         ["catalog"],
         ["catalog", "search", "tiny", "x", "--limit", "0"],
+        ["catalog", "build", "tiny", "--text", "x", "--out", "y", "--part", "one"],
+        ["catalog", "explain", "tiny"],
+        ["steer", "tiny", "5", "--prompt", "x", "--kind", "swap"],
         ["eval", "tiny", "--tokens", "-3"],
     ],
 )
@@ -127,6 +220,8 @@ def test_a_wrong_call_exits_2(arguments, capsys) -> None:
         (["catalog", "show", "nowhere", "1"], "catalog: nowhere does not exist"),
         (["catalog", "search", "tiny", "!!"], "no word to look for"),
         (["steer", "tiny", "1", "--prompt", ""], "prompt: expected a text"),
+        (["catalog", "explain", "tiny", "--prompts-out", "x"], "--model says who answers"),
+        (["catalog", "merge", "nowhere", "--out", "x"], "nowhere"),
         (["steer", "tiny", "1", "--prompt", "x", "--strength", "nan"], "strength: expected a finite number"),
         (
             ["steer", "tiny", "1", "--prompt", "x", "--kind", "clamp", "--unit", "norm"],

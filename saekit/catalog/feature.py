@@ -200,7 +200,7 @@ class Feature(Steerable):
 
     @property
     def score(self) -> float | None:
-        """How well the best of its explanations predicts it (see `Explanation.score`); None where none is scored."""
+        """How well the explanation shown predicts it (see `Explanation.score`); None where that has no score."""
         score = float(self.catalog.score[self.index])
         return None if np.isnan(score) else score
 

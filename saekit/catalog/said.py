@@ -57,9 +57,12 @@ class Said:
         self._order = np.argsort(about, kind="stable")
         self._sorted = about[self._order]
         self._measure = _measures(scores, about, len(self._features))
-        self.score: NDArray[np.float64] = np.full(S, np.nan)  # [S] best score of a feature's explanations
-        np.fmax.at(self.score, self._features, self._measure)
         self._best = self._best_of(S)
+        told = self._best >= 0
+        self.score: NDArray[np.float64] = np.full(
+            S, np.nan
+        )  # [S] of the explanation that is shown; NaN: none
+        self.score[told] = self._measure[self._best[told]]
 
     def _best_of(self, S: int) -> NDArray[np.int64]:
         """[S] the explanation to show: a person's note, else the best scored, else the first; −1: there is none."""

@@ -193,7 +193,7 @@ class Catalog:
 
     @property
     def score(self) -> np.ndarray:
-        """[S] how well the best explanation of each feature predicts it (see `Explanation.score`); NaN without a score."""
+        """[S] how well the explanation shown of each feature predicts it (see `Explanation.score`); NaN without a score."""
         return self._said.score
 
     @cached_property

@@ -108,7 +108,7 @@ def _sweep(options: argparse.Namespace) -> None:
     if options.figure:
         found.figure().savefig(options.figure, dpi=150)
     if options.json:
-        print(found.to_json())
+        print_json(found.records())
         return
     print(visible(str(found)))
     for row in found:

@@ -44,6 +44,7 @@ FIRST_RATE, FIRST_ROWS = (
     1024,
 )  # share of the first rows on which a fresh latent fires, after Anthropic, January 2025
 THRESHOLD_PACE = 10.0  # times the learning rate, for log θ: Adam moves a weight of 0.01 by far more of itself
+SPARSITY_WARMUP = {"l1": 0.0, "l0": 0.05}
 BANDWIDTH = {"step": 0.05, "tanh": 2.0}  # SAELens's default; Anthropic, January 2025
 THRESHOLD_MEMORY = 20  # batches over which BatchTopK's running threshold is averaged
 
@@ -199,7 +200,8 @@ class Trainer:
             return 0.0
         fixed = config.l1_coefficient if penalty == "l1" else config.l0_coefficient
         value = fixed if self._control is None else self._control.coefficient
-        return value * warmed(self.steps_taken, config.steps, config.sparsity_warmup)
+        warmup = SPARSITY_WARMUP[penalty] if config.sparsity_warmup is None else config.sparsity_warmup
+        return value * warmed(self.steps_taken, config.steps, warmup)
 
     @property
     def dead(self) -> Tensor:

@@ -39,7 +39,7 @@ def catalog(tmp_path: Path) -> saekit.Catalog:
         },
     )  # fmt: skip
     info = json.loads((folder / CATALOG).read_text("utf-8"))
-    info["model"]["name"] = "/home/ann/her-gpt"
+    info["model"]["name"] = "/data/ann/her-gpt"
     (folder / CATALOG).write_text(json.dumps(info), "utf-8")
     return saekit.Catalog.open(folder)
 
@@ -97,7 +97,7 @@ def test_an_offline_run_holds_the_files_and_the_table(catalog: saekit.Catalog, r
     assert metadata["alive"] == 23
     assert metadata["scores"][0]["above"] == 1
     assert metadata["model"]["local"]
-    assert "/home/ann" not in json.dumps(records)
+    assert "/data/ann" not in json.dumps(records)
     (table,) = runs.glob("wandb/offline-run-*/files/media/table/features_*.table.json")
     written: dict[str, Any] = json.loads(table.read_text("utf-8"))
     assert written["columns"] == COLUMNS

@@ -372,3 +372,13 @@ def test_the_linear_schedule_is_what_it_says() -> None:
     assert rate[9:80] == [1.0] * 71
     assert rate[90] == pytest.approx(0.5)
     assert rate[99] == pytest.approx(0.05)
+
+
+def test_an_l1_penalty_has_its_full_weight_from_the_first_step() -> None:
+    def first(architecture: str, **more: object) -> float:
+        sae = SAE.new(architecture, d_in=8, d_sae=16)
+        return float(Trainer(sae, tokens=1000, batch_size=10, **more).coefficient)
+
+    assert first("standard", l1_coefficient=3.0) == first("gated", l1_coefficient=3.0) == 3.0
+    assert first("standard", l1_coefficient=3.0, sparsity_warmup=0.1) == pytest.approx(0.3)
+    assert first("jumprelu", l0_coefficient=3.0) == pytest.approx(3.0 / 5)

@@ -5,7 +5,7 @@
     next_token   else, the token after the peak is the same in them:       it fires before X ("say X")
     logits       else, that token is among those its direction raises:     it fires before one of them
 
-Tokens count as the same whatever their case and the spaces around them. A rule holds where more than half of at least
+Tokens are named as they are, in quotes: " for" and "for" are different ones. A rule holds where more than half of at least
 three contexts of explaining documents agree; it predicts 1 where it applies and 0 elsewhere. All four are tried on the
 other documents: on top contexts and as many random windows, by Pearson r and AUC over their tokens. The control is the
 figure that another feature's table or rule of the same kind reaches there: what a prediction gets for being about words.
@@ -13,10 +13,11 @@ figure that another feature's table or rule of the same kind reaches there: what
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -214,8 +215,8 @@ class _Table:
         return np.where(self._key[at] == key, self._by_key[at], np.float32(0))
 
     def texts(self, excerpts: Excerpts) -> list[str]:
-        """[S] the first different tokens of each table, by summed activation."""
-        named: list[dict[str, str]] = [{} for _ in range(excerpts.d_sae)]
+        """[S] the first tokens of each table, by summed activation."""
+        named: list[list[str]] = [[] for _ in range(excerpts.d_sae)]
         strongest = np.zeros(excerpts.d_sae, np.float32)
         strongest[self._feature[self._rank == 0]] = self._expected[self._rank == 0]
         telling = self._expected >= SLIGHT * strongest[self._feature]
@@ -223,39 +224,38 @@ class _Table:
         order = order[telling[order]]
         for s, t in zip(self._feature[order].tolist(), self._token[order].tolist(), strict=True):
             if len(named[s]) < SHOWN:
-                named[s].setdefault(_folded(excerpts.tokens[t]), _shown(excerpts.tokens[t]))
-        return [", ".join(names.values()) for names in named]
+                named[s].append(_shown(excerpts.tokens[t]))
+        return [", ".join(names) for names in named]
 
 
 class _Rules:
-    """The rule of each feature. fold [V]: tokens that count as the same have one number."""
+    """The rule of each feature."""
 
     def __init__(self, folder: Path, excerpts: Excerpts) -> None:
         self._tokens = excerpts.tokens
-        _, self._fold = np.unique([_folded(token) for token in excerpts.tokens], return_inverse=True)
         S, self._V = excerpts.d_sae, len(excerpts.tokens)
         self._raised, self._raised_names = self._read_raised(folder, S)
         parts = [self._of(excerpts, first, min(S, first + BLOCK)) for first in range(0, S, BLOCK)]
         found = {name: [part[i] for part in parts] for i, name in enumerate(RULES)}
-        self._peak = _Shared.concatenated(found["peak_token"])
-        self._next = _Shared.concatenated(found["next_token"])
-        raised = _Shared.concatenated(found["logits"])
-        holds = [self._peak.token >= 0, self._next.token >= 0, raised.token >= 0]
+        none = np.zeros(0, np.int64)
+        # [S] the token that peaks share, that follows them, or one of the raised ones that does; −1: none
+        self._peak, self._next, raised = (np.concatenate([none, *found[name]]) for name in RULES)
+        holds = [self._peak >= 0, self._next >= 0, raised >= 0]
         self.rule = np.select(holds, range(len(RULES)), -1)  # [S] index into RULES; −1: none
 
-    def _read_raised(self, folder: Path, S: int) -> tuple[Ints, list[dict[int, str]]]:
-        """(sorted feature · V + fold of the raised tokens, per feature its raised tokens by fold)."""
+    def _read_raised(self, folder: Path, S: int) -> tuple[Ints, list[list[str]]]:
+        """(sorted feature · V + id of the raised tokens, per feature what its raised tokens are, the first first)."""
         table = read_table(folder, "logits")
         feature, token, raised = (table[name].to_numpy() for name in ("feature", "token_id", "raised"))
         order = np.lexsort((table["rank"].to_numpy(), feature))
         order = order[raised[order]]
         feature, token = feature[order].astype(np.int64), token[order]
-        names: list[dict[int, str]] = [{} for _ in range(S)]
-        for s, fold, t in zip(feature.tolist(), self._fold[token].tolist(), token.tolist(), strict=True):
-            names[s].setdefault(fold, _shown(self._tokens[t]))
-        return np.unique(feature * self._V + self._fold[token]), names
+        names: list[list[str]] = [[] for _ in range(S)]
+        for s, t in zip(feature.tolist(), token.tolist(), strict=True):
+            names[s].append(_shown(self._tokens[t]))
+        return np.unique(feature * self._V + token), names
 
-    def _of(self, excerpts: Excerpts, first: int, last: int) -> tuple[_Shared, _Shared, _Shared]:
+    def _of(self, excerpts: Excerpts, first: int, last: int) -> tuple[Ints, Ints, Ints]:
         """What the explaining contexts of these features share: their peak, the token after it, a raised one after it."""
         contexts = excerpts.contexts(first, last)
         contexts = contexts.take((contexts.band == TOP) & explains(contexts.document))
@@ -264,12 +264,12 @@ class _Rules:
         after = excerpts.ids_of(contexts, 1)[rows, contexts.peak]
         is_raised = self.on_raised(after[:, None], feature)[:, 0]
         return (
-            self._shared(peak, self._fold[peak], feature - first, last - first),
-            self._shared(after, self._fold[after], feature - first, last - first),
+            self._shared(peak, peak, feature - first, last - first),
+            self._shared(after, after, feature - first, last - first),
             self._shared(np.where(is_raised, after, -1), np.zeros_like(after), feature - first, last - first),
         )
 
-    def _shared(self, token: Ints, kind: Ints, feature: Ints, F: int) -> _Shared:
+    def _shared(self, token: Ints, kind: Ints, feature: Ints, F: int) -> Ints:
         """For each feature the kind of token that more than half of its contexts have, and the strongest such token; −1: none."""
         n = np.bincount(feature, minlength=F)
         there = token >= 0
@@ -278,30 +278,29 @@ class _Rules:
         )
         of = keys // self._V
         enough = (counts > SHARED * n[of]) & (n[of] >= AT_LEAST)  # at most one kind of each feature
-        found, fold = np.full((2, F), -1)
+        found = np.full(F, -1)
         found[of[enough]] = token[there][at[enough]]
-        fold[of[enough]] = keys[enough] % self._V
-        return _Shared(found, fold)
+        return found
 
     def on_peak(self, ids: Ints, feature: Ints) -> NDArray[np.bool_]:
-        return (ids >= 0) & (self._fold[ids] == self._peak.fold[feature][:, None])
+        return (ids >= 0) & (ids == self._peak[feature][:, None])
 
     def on_next(self, after: Ints, feature: Ints) -> NDArray[np.bool_]:
-        return (after >= 0) & (self._fold[after] == self._next.fold[feature][:, None])
+        return (after >= 0) & (after == self._next[feature][:, None])
 
     def on_raised(self, after: Ints, feature: Ints) -> NDArray[np.bool_]:
         if not len(self._raised):
             return np.zeros(after.shape, bool)
-        key = feature[:, None] * self._V + self._fold[after]
+        key = feature[:, None] * self._V + after
         at = np.searchsorted(self._raised, key).clip(max=len(self._raised) - 1)
         return (after >= 0) & (self._raised[at] == key)
 
     def texts(self) -> list[tuple[str, list[str]]]:
         """For each kind of rule, [S] what it says; an empty text where it is not the feature's."""
         names = [
-            [_shown(self._tokens[t]) for t in self._peak.token.tolist()],
-            [f"say {_shown(self._tokens[t])}" for t in self._next.token.tolist()],
-            [f"say one of {', '.join(list(names.values())[:SHOWN])}" for names in self._raised_names],
+            [_shown(self._tokens[t]) for t in self._peak.tolist()],
+            [f"say {_shown(self._tokens[t])}" for t in self._next.tolist()],
+            [f"say one of {', '.join(names[:SHOWN])}" for names in self._raised_names],
         ]
         rules = self.rule.tolist()
         return [
@@ -310,21 +309,5 @@ class _Rules:
         ]
 
 
-class _Shared(NamedTuple):
-    """What contexts have in common, [F] each; −1: nothing."""
-
-    token: Ints
-    fold: Ints
-
-    @classmethod
-    def concatenated(cls, parts: list[_Shared]) -> _Shared:
-        empty = np.zeros(0, np.int64)
-        return cls(*(np.concatenate([empty, *column]) for column in zip(*parts, strict=True)))
-
-
-def _folded(token: str) -> str:
-    return token.strip().casefold() or token
-
-
 def _shown(token: str) -> str:
-    return token.strip() or repr(token)
+    return json.dumps(token, ensure_ascii=False)

@@ -35,8 +35,8 @@ def explained(original, tmp_path_factory):
 def test_what_features_mean(explained) -> None:
     folder, tally = explained
     texts = said(folder)
-    assert texts[DETECTOR, "peak_token"] == texts[DETECTOR, "tokens"] == "Jedi"
-    assert texts[BEFORE, "next_token"] == "say ship"
+    assert texts[DETECTOR, "peak_token"] == texts[DETECTOR, "tokens"] == '" Jedi"'
+    assert texts[BEFORE, "next_token"] == 'say " ship"'
     assert (BEFORE, "peak_token") not in texts
     assert (NOISE, "tokens") in texts
     assert not [method for feature, method in texts if feature == NOISE and method != "tokens"]
@@ -117,19 +117,19 @@ def test_raised_tokens(folder) -> None:
     rows.sort(key=lambda row: row["feature"])
     write_table(folder, "logits", {name: [row[name] for row in rows] for name in rows[0]})
     without_llm(folder)
-    assert said(folder)[NOISE, "logits"] == "say one of moon, rain, river, stone"
+    assert said(folder)[NOISE, "logits"] == 'say one of " moon", " rain", " river", " stone"'
     assert scores(folder)[NOISE, "logits", "pearson"]["score"] == pytest.approx(1, abs=1e-6)
 
 
-def test_case_and_spaces_do_not_part_tokens(folder) -> None:
+def test_case_and_spaces_part_tokens(folder) -> None:
     table = read_table(folder, "vocabulary").to_pydict()
     table["token"][IDS["king"]], table["token"][IDS["ship"]] = "jedi", " JEDI"
     write_table(folder, "vocabulary", table)
     without_llm(folder)
-    king = IDS["king"]
-    assert said(folder)[king, "peak_token"] == "jedi"  # 4 … 7 are detectors of the words of these ids
-    assert scores(folder)[king, "peak_token", "pearson"]["score"] < 0.9  # as Jedi and ship count as king now
-    assert scores(folder)[king, "tokens", "pearson"]["score"] == pytest.approx(1, abs=1e-6)
+    king = IDS["king"]  # 4 … 7 are detectors of the words of these ids
+    assert said(folder)[king, "peak_token"] == '"jedi"'
+    for method in ("tokens", "peak_token"):
+        assert scores(folder)[king, method, "pearson"]["score"] == pytest.approx(1, abs=1e-6)
 
 
 def test_nothing_held_out_is_undefined_and_not_zero(folder) -> None:
