@@ -46,6 +46,8 @@ PACKAGES = (
         alone=True,
         needs=("eindex-callum==0.1.2", "dataclasses-json==0.6.7", "matplotlib"),
     ),
+    # Asks for an older numpy.
+    Package("repeng", ("repeng==0.4.0",), alone=True, needs=("scikit-learn==1.9.1", "gguf==0.19.0")),
 )
 
 

@@ -30,6 +30,7 @@ MODULES = {
     "dictionary_learning": "benchmarks.speed_dictionary_learning",
     "sparsify": "benchmarks.speed_sparsify",
     "SAEDashboard": "benchmarks.speed_dashboard",
+    "repeng": "benchmarks.speed_repeng",
 }
 
 
@@ -125,6 +126,9 @@ OF_STEERING = (
     SAEKIT,
     Contender("same model, plain", "saekit", {"plain": True}),
     SAEKIT_FP32,
+    Contender("clamp, TopK SAE", "saekit", {"clamp": True}),
+    Contender("repeng", "repeng"),
+    Contender("repeng, bf16", "repeng", {"dtype": "bfloat16"}),
     Contender("TransformerLens hook", "SAELens"),
     Contender("TransformerLens hook, bf16", "SAELens", {"dtype": "bfloat16"}),
     Contender("TransformerLens, plain", "SAELens", {"plain": True}),

@@ -151,7 +151,11 @@ def catalog(job: dict[str, Any], arrays: Mapping[str, Tensor]) -> Task:
 
 def steer(job: dict[str, Any], arrays: Mapping[str, Tensor]) -> Task:
     model = saekit.load_model(job["model"], dtype=job.get("dtype"))
-    edit = saekit.Direction(arrays["direction"], job["site"]).add(1.0)
+    direction = arrays["direction"]
+    edit = saekit.Direction(direction, job["site"]).add(1.0)
+    if job.get("clamp"):
+        sae = saekit.SAE.new("topk", d_in=len(direction), d_sae=4096, k=32, seed=0, site=job["site"])
+        edit = saekit.Direction.from_sae(sae, 0).clamp(1.0)
     prompt = arrays["prompt"]
 
     def once() -> None:

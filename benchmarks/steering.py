@@ -1,6 +1,6 @@
 """Jedi on the embedded model, and what it costs: `python -m benchmarks.steering [--quick]`.
 
-The best of the Star Wars features that the catalog finds is added and clamped, a mean difference of texts is added, and random
+Of the Star Wars features that the catalog finds, the one whose texts speak of Star Wars most (on other draws) is added and clamped, a mean difference of texts is added, and random
 directions of the same norm stand beside. Writes `benchmarks/results/steering.json` and `docs/steering.png`, and prints ten
 continuations, plain and steered, as they came.
 """
@@ -28,7 +28,7 @@ from saekit.steering.sweep import SteeringSweep, sweep
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "steering.json", ROOT / "docs" / "steering.png"
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)  # of the median residual norm
-MODERATE, SHORT_LIST = 0.4, 8
+MODERATE = 0.4
 CHOOSING, SHOWING = 100, 0  # seeds
 PROMPTS = (PROMPT, "The old man looked at the", "In the evening they went to", "She opened the door and saw")
 ABOUT = [
@@ -64,8 +64,7 @@ def main() -> None:
 
     model, catalog = saekit.load_model("tiny"), saekit.Catalog.open("tiny")
     hits = list({f.index: f for query in QUERIES for f in catalog.search(query, limit=12)}.values())
-    ranked = choose(model, hits)
-    short = [feature for feature, _ in ranked[: 2 if quick else SHORT_LIST]]
+    scores = {feature.index: score for feature, score in choose(model, hits)}
 
     def effect(feature: saekit.Feature) -> float:
         tried = sweep(
@@ -78,7 +77,8 @@ def main() -> None:
         )
         return tried[0].steered.keywords or 0.0
 
-    feature = max(short, key=effect)
+    effects = {feature.index: effect(feature) for feature in hits[: 2 if quick else None]}
+    feature = catalog[max(effects, key=lambda i: effects[i])]
     mean = Direction.from_means(model, ABOUT, ELSE, site=catalog.site, label="mean difference")
     unit = float(feature.direction.norm()) / catalog.median_norm  # a share of the norm as one of activation
 
@@ -111,11 +111,10 @@ def main() -> None:
         console.print(f"plain    {one.text!r}\nsteered  {other.text!r}", highlight=False, markup=False)
     if quick:
         return
-    scores = {f.index: score._asdict() for f, score in ranked}
-    record = json.loads(found.to_json()) | {
-        "feature": feature.index,
-        "output_scores": scores,
-        "prompts": PROMPTS,
+    record = json.loads(found.to_json()) | {"feature": feature.index, "prompts": PROMPTS}
+    record["candidates"] = {
+        i: {"output_score": scores[i].score if i in scores else None, "texts_with": effects[i]}
+        for i in effects
     }
     record["ten"] = [{"plain": a.text, "steered": b.text} for a, b in zip(plain, steered, strict=True)]
     record["suggested"] = asdict(best) | {"from_knee": found.knee() is not None}
@@ -159,6 +158,9 @@ def picture(found: SteeringSweep) -> Any:
         ylabel="texts with a Star Wars word",
     )
     effect.legend(fontsize=7)
+    for axis in (cost.yaxis, both.xaxis):
+        axis.set_major_formatter("{x:.0f}")
+        axis.set_minor_formatter("")
     return figure
 
 

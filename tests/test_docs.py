@@ -59,7 +59,9 @@ def rows(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
-def test_the_python_of_a_page_runs_in_sequence(page: Path, tmp_path, monkeypatch) -> None:
+def test_the_python_of_a_page_runs_in_sequence(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     written = python(page, run=True)

@@ -49,6 +49,7 @@ def write_catalog(
 ) -> None:
     """Write all of a catalog into an empty folder. origin: the arguments of the build; end: where its corpus ended."""
     write_tensors(folder / DIRECTIONS, weights.tensors)
+    weights.tensors.clear()  # the largest thing in memory, and nobody needs it any more
     write_vocabulary(folder, weights.vocabulary)
     labels = _write_tokens(folder, state, weights.vocabulary)
     _write_features(folder, state, weights, labels)
@@ -156,25 +157,24 @@ def _write_features(folder: Path, state: State, weights: Weights, labels: list[s
 
 def _write_histograms(folder: Path, state: State, weights: Weights) -> None:
     """Bins with something in them, of each latent those of activations first."""
-    latents, bins = np.nonzero(state.moments.histogram)
-    edges = bin_edges()
-    parts = [
-        (latents, np.zeros(len(latents), np.int64), edges[bins], edges[bins + 1], state.moments.histogram[latents, bins])
-    ]  # fmt: skip
-    if (effects := weights.effects) is not None:
-        owners, at = np.nonzero(effects.counts)
-        low = effects.low.astype(np.float64)[owners]
-        width = (effects.high.astype(np.float64)[owners] - low) / effects.counts.shape[1]
-        parts.append(
-            (owners, np.ones(len(owners), np.int64), low + at * width, low + (at + 1) * width, effects.counts[owners, at])
-        )  # fmt: skip
-    feature, kind, low, high, count = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.lexsort((np.arange(len(feature)), kind, feature))
+    latents, bins = (index.astype(np.int32) for index in np.nonzero(state.moments.histogram))
+    edges = bin_edges().astype(np.float32)
     columns = {
-        "feature": feature[order], "of": _words(("activation", "effect"), kind[order]),
-        "low": low[order], "high": high[order], "count": count[order],
+        "feature": [latents], "of": [np.zeros(len(latents), np.int8)], "low": [edges[bins]], "high": [edges[bins + 1]],
+        "count": [state.moments.histogram[latents, bins]],
     }  # fmt: skip
-    write_table(folder, "histograms", columns)
+    if (effects := weights.effects) is not None:
+        owners, at = (index.astype(np.int32) for index in np.nonzero(effects.counts))
+        width = (effects.high.astype(np.float64) - effects.low) / effects.counts.shape[1]
+        ends = [(effects.low[owners] + (at + end) * width[owners]).astype(np.float32) for end in (0, 1)]
+        own = (owners, np.ones(len(owners), np.int8), *ends, effects.counts[owners, at])
+        for column, values in zip(columns.values(), own, strict=True):
+            column.append(values)
+    feature = np.concatenate(columns.pop("feature"))
+    order = np.argsort(feature, kind="stable")  # activations first
+    sorted_: Columns = {name: np.concatenate(parts)[order] for name, parts in columns.items()}
+    sorted_["of"] = _words(("activation", "effect"), sorted_["of"])
+    write_table(folder, "histograms", {"feature": feature[order], **sorted_})
 
 
 def _write_neighbours(folder: Path, state: State, weights: Weights) -> None:
