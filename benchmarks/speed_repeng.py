@@ -6,12 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from repeng import ControlModel, ControlVector
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.speed_process import Task
+
+np.float_ = np.float64  # type: ignore[attr-defined]  # it asks for a numpy that still had this name
+from repeng import ControlModel, ControlVector  # noqa: E402
 
 
 def make(job: dict[str, Any], arrays: Mapping[str, Tensor]) -> Task:

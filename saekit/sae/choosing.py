@@ -78,8 +78,12 @@ def above(sae: SAE, x: Tensor, bounds: Tensor, dtype: torch.dtype, ranks: Ranks 
 def at_latents(
     sae: SAE, x: Tensor, latents: Tensor, k: int, dtype: torch.dtype, ranks: Ranks = ALONE
 ) -> tuple[Pairs, Tensor]:
-    """The k largest (or all) of each token's pre-activations at some latents [m] → pairs, and p [B · k] with a graph."""
-    shifted, bias = _shifted(sae, x), sae.encoder_bias.detach()[latents]
+    """The k largest (or all) of each token's pre-activations at some latents [m] → pairs, and p [B · k] with a graph.
+
+    A latent of −1 is none: its pre-activation is −∞, wherever it points.
+    """
+    none, latents = latents < 0, latents.clamp_min(0)
+    shifted, bias = _shifted(sae, x), sae.encoder_bias.detach()[latents].masked_fill(none, -torch.inf)
     own = min(k, len(latents))
     values, chosen = _top_k(_tiles(sae, shifted, dtype, latents), bias, own, len(x))
     return _of_all(sae, shifted, values, Pairs.of_rows(latents[chosen], len(sae.encoder_bias), ranks), k)

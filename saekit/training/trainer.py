@@ -174,8 +174,13 @@ class Trainer:
             and config.aux_coefficient > 0
             and self.tokens_seen >= config.dead_after
         ):
-            latents = self.dead.nonzero().squeeze(1)
-            dead = latents if self.ranks.latents.any(len(latents) > 0) else None
+            if (
+                self.dead.is_cuda
+            ):  # as many as there are latents, −1 for the living: nobody waits for their number
+                dead = torch.nonzero_static(self.dead, size=len(self.dead), fill_value=-1).squeeze(1)
+            else:
+                latents = self.dead.nonzero().squeeze(1)
+                dead = latents if self.ranks.latents.any(len(latents) > 0) else None
         return Terms(
             scale=self.scale,
             sparsity=self.coefficient,

@@ -281,3 +281,27 @@ def test_no_step_holds_every_pair(architecture, precision, monkeypatch) -> None:
     with Largest() as seen:
         sae.encode(x)
     assert seen.elements == B * d_sae, "the measure sees nothing"
+
+
+@pytest.mark.parametrize("dead", [[3, 7, 8, 21], []])
+def test_latents_that_are_none_change_nothing(dead) -> None:
+    """AuxK on a GPU asks for all latents, −1 for the living: the same loss and gradients as for the dead alone."""
+    from saekit.sae.architectures.base import Terms, auxk
+
+    def of(latents: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        sae = SAE.new("topk", d_in=12, d_sae=32, k=4, seed=1)
+        draw = torch.Generator().manual_seed(2)
+        x, error = torch.randn(2, 20, 12, generator=draw)
+        loss = auxk(sae, x, error, Terms(scale=1.0, dead=torch.tensor(latents, dtype=torch.int64), aux_k=6))
+        loss.backward()
+        return loss.detach(), [p.grad for p in (sae.W_enc, sae.b_enc, sae.W_dec)]
+
+    padded, grads = of([*dead, *[-1] * (32 - len(dead))])
+    if not dead:
+        assert padded == 0
+        assert not any(bool(g.any()) for g in grads)
+        return
+    alone, wanted = of(dead)
+    torch.testing.assert_close(padded, alone)
+    for g, w in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(g, w)

@@ -36,7 +36,9 @@ class Terms(NamedTuple):
     scale: float  # s
     sparsity: Tensor | float = 0.0  # λ, as warmed up or controlled
     k: int = 0  # latents kept per token
-    dead: Tensor | None = None  # [m] the latents that AuxK is to revive; None where there are none
+    dead: Tensor | None = (
+        None  # [m] the latents that AuxK is to revive, −1 for none; None where there are none at all
+    )
     aux: float = 0.0  # weight of AuxK
     aux_k: int = 1
     bandwidth: float = 0.05  # ε of JumpReLU's estimator, in scaled units
@@ -178,7 +180,8 @@ def auxk(sae: SAE, x: Tensor, error: Tensor, terms: Terms) -> Tensor:
     """
     assert terms.dead is not None
     pairs, p = choosing.at_latents(sae, x, terms.dead, terms.aux_k, terms.dtype or x.dtype, terms.ranks)
-    return pairs.squared_error(p.relu(), sae.W_dec, error)[0]
+    some = (terms.dead >= 0).any()  # a GPU is not asked whether there are any
+    return pairs.squared_error(p.relu(), sae.W_dec, error)[0] * some
 
 
 def variance(sae: SAE, y: Tensor, rest: Tensor, terms: Terms) -> Tensor:
