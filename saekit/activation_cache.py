@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saekit.errors import InvalidInput, first_line
-from saekit.files import fsync, read_json, read_metadata, replace_text, write_tensors
+from saekit.files import read_json, read_metadata, replace_text, replacing, write_tensors
 from saekit.locks import LOCK, exclusive
 
 Rows = dict[str, Tensor]  # by site, [n, D]
@@ -234,16 +233,8 @@ class ActivationCache:
         sums = {site: _sum(_bytes(rows)) for site, rows in tensors.items()} | {
             "forwards": _sum(listed.encode())
         }
-        building = shard.with_name(f"{shard.name}.tmp-{os.getpid()}")
-        with self._told():
-            try:
-                write_tensors(building, tensors, {"forwards": listed, "sha256": json.dumps(sums)})
-                fsync(building)
-                building.rename(shard)
-                fsync(self.folder)
-            except BaseException:
-                building.unlink(missing_ok=True)
-                raise
+        with self._told(), replacing(shard) as building:
+            write_tensors(building, tensors, {"forwards": listed, "sha256": json.dumps(sums)})
         self._index(shard)
 
     @contextlib.contextmanager

@@ -159,7 +159,7 @@ def _write_histograms(folder: Path, state: State, weights: Weights) -> None:
     """Bins with something in them, of each latent those of activations first."""
     latents, bins = (index.astype(np.int32) for index in np.nonzero(state.moments.histogram))
     edges = bin_edges().astype(np.float32)
-    columns = {
+    columns: dict[str, list[NDArray[Any]]] = {
         "feature": [latents], "of": [np.zeros(len(latents), np.int8)], "low": [edges[bins]], "high": [edges[bins + 1]],
         "count": [state.moments.histogram[latents, bins]],
     }  # fmt: skip

@@ -179,14 +179,6 @@ class Excerpts:
         return [self.tokens[t] for t in self.ids[start : start + int(windows.length[i])].tolist()]
 
 
-def rank_in_group(groups: NDArray[Any]) -> Ints:
-    """[n] 0, 1, 2 … within each run of equal values."""
-    if not len(groups):
-        return np.zeros(0, np.int64)
-    starts = np.flatnonzero(np.append(True, groups[1:] != groups[:-1]))
-    return np.arange(len(groups)) - np.repeat(starts, np.diff(np.append(starts, len(groups))))
-
-
 def _columns(folder: Path, name: str) -> dict[str, NDArray[Any]]:
     """The columns of numbers of a table."""
     table = read_table(folder, name)

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from saekit.catalog.accumulate import rank_in_group
 from saekit.catalog.draws import explains
 from saekit.catalog.explain.answers import Answer, Client, Journal, Prompt
-from saekit.catalog.explain.excerpts import Excerpts, check_feature, folder_of, rank_in_group
+from saekit.catalog.explain.excerpts import Excerpts, check_feature, folder_of
 from saekit.catalog.explain.prompts import EXPLAIN, fingerprint, read_explanation, with_activations
 from saekit.catalog.explain.rules import defined
 from saekit.catalog.explain.saying import Row, merge

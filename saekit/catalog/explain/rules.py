@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saekit.catalog.accumulate import rank_in_group
 from saekit.catalog.draws import draw, explains
-from saekit.catalog.explain.excerpts import Excerpts, Ints, Windows, folder_of, rank_in_group
+from saekit.catalog.explain.excerpts import Excerpts, Ints, Windows, folder_of
 from saekit.catalog.explain.measures import auc, pearson
 from saekit.catalog.explain.saying import Row, merge
 from saekit.catalog.tables import TOP, read_table

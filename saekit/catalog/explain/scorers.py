@@ -19,9 +19,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from saekit.catalog.accumulate import rank_in_group
 from saekit.catalog.draws import draw, explains
 from saekit.catalog.explain.answers import LARGEST, Answer, Prompt
-from saekit.catalog.explain.excerpts import Excerpts, Windows, rank_in_group
+from saekit.catalog.explain.excerpts import Excerpts, Windows
 from saekit.catalog.explain.measures import auc, balanced_accuracy, f1, pearson
 from saekit.catalog.explain.prompts import (
     DETECT,
