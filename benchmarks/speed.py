@@ -189,6 +189,10 @@ def parse() -> argparse.Namespace:
         help="of the step, comma-separated; gated and matryoshka are there too",
     )  # fmt: skip
     parser.add_argument("--libraries", type=words(MODULES), default=list(MODULES), help="comma-separated")
+    parser.add_argument(
+        "--contenders", type=lambda text: set(text.split(",")), default=set(), metavar="NAME,…",
+        help="as a table names them, e.g. 'saekit,SAELens autocast'; all by default",
+    )  # fmt: skip
     parser.add_argument("--features", type=int, default=512, help="of the catalog clock's SAE")
     parser.add_argument("--threads", type=int, default=2, help="of every contender")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -208,6 +212,7 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
         wide,
         args.architectures,
         {"saekit", *args.libraries},
+        contenders=args.contenders | {"saekit"} if args.contenders else set(),
         features=args.features,
         quick=args.quick,
     )

@@ -152,6 +152,7 @@ class Wanted:
     wide: Sequence[Shape]  # timed with topk alone, unless they are among `shapes`
     architectures: Sequence[str]
     libraries: set[str]
+    contenders: set[str]  # by name; none: all of these libraries
     features: int
     quick: bool
 
@@ -186,7 +187,9 @@ def _step(inputs: Inputs, shape: Shape, architecture: str, k: int = K) -> dict[s
 def _row(
     wanted: Wanted, name: str, tokens: int, contenders: Sequence[Contender], job: dict[str, Any], **how: Any
 ) -> Row:
-    who = [c for c in contenders if c.library in wanted.libraries]
+    who = [
+        c for c in contenders if c.library in wanted.libraries and c.name in (wanted.contenders or {c.name})
+    ]
     if job.get("architecture", "topk") != "topk":
         who = [c for c in who if c.library != "sparsify"]  # it has no other kind
     return Row(name, tokens, [(c, {**job, **c.options}) for c in who], **how)

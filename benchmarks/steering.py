@@ -159,6 +159,7 @@ def picture(found: SteeringSweep) -> Any:
     )
     effect.legend(fontsize=7)
     for axis in (cost.yaxis, both.xaxis):
+        axis.set_ticks([20, 50, 100, 200, 500])
         axis.set_major_formatter("{x:.0f}")
         axis.set_minor_formatter("")
     return figure
