@@ -263,11 +263,11 @@ def test_to_wandb_as_well(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("name", "shown", "local"),
     [
-        ("/home/ann/models/her-gpt", "her-gpt", True),
+        ("/data/ann/models/her-gpt", "her-gpt", True),
         ("~/models/her-gpt/", "her-gpt", True),
         ("../ann/her-gpt", "her-gpt", True),
         ("C:\\Users\\ann\\her-gpt", "her-gpt", True),
-        ("/home/ann/.cache/huggingface/hub/models--org--her-gpt/snapshots/0123abc", "org/her-gpt", False),
+        ("/data/ann/.cache/huggingface/hub/models--org--her-gpt/snapshots/0123abc", "org/her-gpt", False),
         ("org/her-gpt", "org/her-gpt", False),
         ("tiny", "tiny", False),
     ],
@@ -277,8 +277,8 @@ def test_paths_of_this_machine_stay_here(
 ) -> None:
     def change(info: dict[str, Any]) -> None:
         info["model"]["name"] = info["sae"]["metadata"]["model_name"] = name
-        info["sae"]["metadata"]["training"] = {"text": ["/home/ann/texts/diary.txt"], "of": f"model {name}"}
-        info["corpus"]["label"] = "/home/ann/texts"
+        info["sae"]["metadata"]["training"] = {"text": ["/data/ann/texts/diary.txt"], "of": f"model {name}"}
+        info["corpus"]["label"] = "/data/ann/texts"
 
     publish(rewrite(folder, tmp_path / "copy", change), REPOSITORY, token=SECRET)
     assert not [file for file, data in hub.files.items() if re.search(rb"\bann\b", data)]

@@ -180,7 +180,8 @@ def auxk(sae: SAE, x: Tensor, error: Tensor, terms: Terms) -> Tensor:
     """
     assert terms.dead is not None
     pairs, p = choosing.at_latents(sae, x, terms.dead, terms.aux_k, terms.dtype or x.dtype, terms.ranks)
-    some = (terms.dead >= 0).any()  # a GPU is not asked whether there are any
+    # Of all processes' latents; a GPU is not asked whether there are any.
+    some = terms.ranks.latents.sum((terms.dead >= 0).any().to(error.dtype)) > 0
     return pairs.squared_error(p.relu(), sae.W_dec, error)[0] * some
 
 
