@@ -19,7 +19,7 @@ LAYERS = [
     {"files", "embedded"},
     {"locks"},
     {"lm"},
-    {"sites", "text"},
+    {"sites", "text", "unwrapped"},
     {"tokens"},
     {"activation_cache", "activations", "sae"},
     {"evaluation"},
@@ -38,6 +38,7 @@ LAYERS = [
     {"members", "recipe"},
     {
         "training.run",
+        "training.report",
         "training.trainee",
         "training.origin",
         "training.dry_run",
@@ -46,7 +47,7 @@ LAYERS = [
         "training.sample",
     },
     {"experiments"},
-    {"console", "server"},
+    {"console", "display", "server"},
     {"demo"},
     {"cli", "__main__", "__init__"},
 ]

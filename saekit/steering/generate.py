@@ -1,15 +1,16 @@
 """Continuing prompts: cached, batched, sampled from a seed for each row, streamed, with chat templates.
 
-Hugging Face's `generate` does the work, on the model under the bridge, so edits that are on are on here too. Sampling is
-its greedy search over logits with Gumbel noise added (Gumbel 1954; argmax(log p + g) draws from p), so that each row of a batch draws
-from a generator of its own: row i of a batch is what its prompt and seed give alone, and the global generator is left as it was.
+The Hugging Face model under the bridge runs step by step on its own cache, without the bridge's components where nobody listens
+(`unwrapped`), so edits that are on are on here too. Sampling is greedy search over logits with Gumbel noise added (Gumbel 1954;
+argmax(log p + g) draws from p), so that each row of a batch draws from a generator of its own: row i of a batch is what its prompt
+and seed give alone, and the global generator is left as it was.
 
 N prompts of T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import threading
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import InvalidInput
+from saekit.unwrapped import unwrapped
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -58,14 +60,12 @@ def generate(
     sampling options out of range.
     """
     ids = [prompt_ids(model, prompt, max_new_tokens) for prompt in prompts]
-    seeds = [seed + i for i in range(len(ids))] if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(ids) or not ids:
-        raise InvalidInput(
-            f"generate: {len(seeds)} seeds for {len(ids)} prompts; expected one for each, and a prompt"
-        )
-    noise = _Sampler(seeds, temperature, top_p, top_k)
-    rows = _run(model, ids, max_new_tokens, noise, stop_at_eos=stop_at_eos, cached=cached)
-    return [_told(model, row, prompt) for row, prompt in zip(rows, ids, strict=True)]
+    sampler = _Sampler(_seeds(seed, len(ids)), temperature, top_p, top_k)
+    rows = _Rows(model, ids, sampler, stop_at_eos=stop_at_eos, cached=cached)
+    with unwrapped(model):
+        while not rows.ended and rows.made < max_new_tokens:
+            rows.step()
+    return [_told(model, row, prompt) for row, prompt in zip(rows.ids(), ids, strict=True)]
 
 
 def stream(
@@ -79,34 +79,51 @@ def stream(
     top_k: int | None = None,
     stop_at_eos: bool = True,
 ) -> Iterator[str]:
-    """The continuation in pieces, as they come; together the text that `generate` gives. A loop that is left stops it."""
-    from transformers import TextIteratorStreamer
+    """The continuation in pieces, as they come; together the text that `generate` gives."""
+    rows = stream_rows(
+        model, [prompt], max_new_tokens, seed=seed, temperature=temperature, top_p=top_p, top_k=top_k,
+        stop_at_eos=stop_at_eos,
+    )  # fmt: skip
+    return (piece for (piece,) in rows if piece)
 
-    ids = prompt_ids(model, prompt, max_new_tokens)
-    sampler = _Sampler([seed], temperature, top_p, top_k)
-    pieces = TextIteratorStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    left, failed = threading.Event(), list[BaseException]()
 
-    def work() -> None:
-        try:
-            _run(model, [ids], max_new_tokens, sampler, stop_at_eos=stop_at_eos, streamer=pieces, left=left)
-        except BaseException as error:  # told where the pieces are read
-            failed.append(error)
-        finally:
-            pieces.end()
+def stream_rows(
+    model: TransformerBridge,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 20,
+    *,
+    seed: int | Sequence[int] = 0,
+    temperature: float = 1.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    stop_at_eos: bool = True,
+) -> Iterator[list[str]]:
+    """`generate`, a step at a time: what each row's text grows by, `""` where a character is not whole yet or the row has ended.
 
-    def read() -> Iterator[str]:
-        worker = threading.Thread(target=work, name="saekit-stream", daemon=True)
-        worker.start()
-        try:
-            yield from (piece for piece in pieces if piece)
-        finally:
-            left.set()
-            worker.join()
-        if failed:
-            raise failed[0]
+    Prompts and options are checked at the call; a loop that is left stops generating.
+    """
+    ids = [prompt_ids(model, prompt, max_new_tokens) for prompt in prompts]
+    sampler = _Sampler(_seeds(seed, len(ids)), temperature, top_p, top_k)
+    rows = _Rows(model, ids, sampler, stop_at_eos=stop_at_eos, cached=True)
+    texts = [_Growing(model, row) for row in ids]
 
-    return read()
+    def steps() -> Iterator[list[str]]:
+        while not rows.ended and rows.made < max_new_tokens:
+            with unwrapped(model):  # step by step: between two of them the model is everybody's
+                rows.step()
+            last = rows.ended or rows.made == max_new_tokens
+            yield [text.grown(row, last=last) for text, row in zip(texts, rows.ids(), strict=True)]
+
+    return steps()
+
+
+def _seeds(seed: int | Sequence[int], n: int) -> list[int]:
+    seeds = [seed + i for i in range(n)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != n or not n:
+        raise InvalidInput(
+            f"generate: {len(seeds)} seeds for {n} prompts; expected one for each, and a prompt"
+        )
+    return seeds
 
 
 def prompt_ids(model: TransformerBridge, prompt: Prompt, max_new_tokens: int) -> Tensor:
@@ -147,7 +164,7 @@ def _chat_ids(model: TransformerBridge, messages: Any) -> list[int]:
 
 
 class _Sampler:
-    """A logits processor: temperature, top-k, top-p, and each row's own Gumbel noise."""
+    """Temperature, top-k, top-p, and each row's own Gumbel noise."""
 
     def __init__(
         self, seeds: Sequence[int], temperature: float, top_p: float | None, top_k: int | None
@@ -161,13 +178,13 @@ class _Sampler:
         self._temperature, self._top_p, self._top_k = temperature, top_p, top_k
         self._draws = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor) -> Tensor:
         """Of logits [N, V], those whose greatest is the token drawn."""
         if self._temperature == 0:
             return logits
         from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-        logits = logits.float() / self._temperature
+        logits, ids = logits.float() / self._temperature, torch.empty(0)  # ids: asked for, never read
         if self._top_k is not None:
             logits = TopKLogitsWarper(self._top_k)(ids, logits)
         if self._top_p is not None:
@@ -178,61 +195,93 @@ class _Sampler:
         return logits - waits.log().to(logits.device)  # −log of an exponential is Gumbel
 
 
-class _Left:
-    """A stopping criterion: nobody reads on."""
+class _Rows:
+    """Texts of one batch, each a token longer at every step until it ends."""
 
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
+    def __init__(
+        self,
+        model: TransformerBridge,
+        prompts: Sequence[Tensor],
+        sampler: _Sampler,
+        *,
+        stop_at_eos: bool,
+        cached: bool,
+    ) -> None:
+        self._model: Any = model.original_model
+        self._sampler, self._cached = sampler, cached
+        self._takes = inspect.signature(self._model.forward).parameters
+        tokenizer, longest = model.tokenizer, max(map(len, prompts))
+        stops = _stops(model) if stop_at_eos else []
+        self._pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        text = torch.full((len(prompts), longest), self._pad, device=model.cfg.device)
+        mask = torch.zeros_like(text)
+        for row, prompt in enumerate(prompts):
+            text[row, longest - len(prompt) :] = prompt
+            mask[row, longest - len(prompt) :] = 1
+        self._stops = torch.tensor(stops, device=text.device)
+        self._prompts, self._past = prompts, None
+        self._new = [text]  # what the model has yet to read, and then what it has drawn, [N, 1] each
+        self._mask = None if bool(mask.all()) else mask  # a batch without padding needs none
+        self._on = torch.ones(len(prompts), dtype=torch.bool, device=text.device)
+        self.made = 0
+        self.ended = False
 
-    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        return torch.full((len(ids),), self._event.is_set(), device=ids.device)
+    @torch.no_grad()
+    def step(self) -> None:
+        inputs: dict[str, Any] = {"input_ids": self._new[-1], "use_cache": self._cached}
+        if self._past is None:
+            inputs["input_ids"] = torch.cat(self._new, 1)
+        else:
+            inputs["past_key_values"] = self._past
+        if self._mask is not None:
+            inputs["attention_mask"] = self._mask
+            if "position_ids" in self._takes:
+                position = (self._mask.cumsum(1) - 1).clamp_min(0)
+                inputs["position_ids"] = position[:, -inputs["input_ids"].shape[1] :]
+        if "logits_to_keep" in self._takes:
+            inputs["logits_to_keep"] = 1
+        made = self._model(**inputs)
+        if self._cached:
+            self._past = getattr(made, "past_key_values", None)  # a model without one reads it all again
+        new = self._sampler(made.logits[:, -1]).argmax(-1)
+        new = torch.where(self._on, new, self._pad)
+        self._on = self._on & ~torch.isin(new, self._stops)
+        self._new.append(new[:, None])
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], 1)
+        self.made += 1
+        self.ended = not bool(self._on.any())
+
+    def ids(self) -> list[Tensor]:
+        """Each prompt's ids and the new ones up to its end, on the CPU."""
+        new = torch.cat([self._new[0][:, :0], *self._new[1:]], 1).cpu()
+        ends = torch.isin(new, self._stops.cpu())
+        lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, new.shape[1]).tolist()
+        return [torch.cat([p.cpu(), row[:n]]) for p, row, n in zip(self._prompts, new, lengths, strict=True)]
 
 
-def _run(
-    model: TransformerBridge,
-    prompts: Sequence[Tensor],
-    max_new_tokens: int,
-    sampler: _Sampler,
-    *,
-    stop_at_eos: bool = True,
-    cached: bool = True,
-    streamer: Any = None,
-    left: threading.Event | None = None,
-) -> list[Tensor]:
-    """Each prompt's ids and the new ones, without padding."""
-    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+def _stops(model: TransformerBridge) -> list[int]:
+    """Tokens that end a text: the tokenizer's EOS, and what the model's own settings name besides (a chat's end of turn)."""
+    settings: Any = getattr(model.original_model, "generation_config", None)
+    named = getattr(settings, "eos_token_id", None)
+    found = [model.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return sorted({int(i) for i in found if i is not None})
 
-    tokenizer = model.tokenizer
-    eos = tokenizer.eos_token_id if stop_at_eos else None
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad, device=model.cfg.device)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
-    underneath: Any = model.original_model
-    made = underneath.generate(
-        ids,
-        attention_mask=mask,
-        generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=eos,
-            use_cache=cached,
-        ),
-        logits_processor=LogitsProcessorList([sampler]),
-        stopping_criteria=StoppingCriteriaList([_Left(left)] if left else []),
-        streamer=streamer,
-    ).cpu()
-    rows = []
-    for row, prompt in enumerate(prompts):
-        new = made[row, longest:]
-        ends = (new == eos).nonzero() if eos is not None else new.new_zeros(0, 1)
-        new = new[: int(ends[0]) + 1] if len(ends) else new
-        rows.append(torch.cat([prompt.cpu(), new]))
-    return rows
+
+class _Growing:
+    """A continuation's text as far as it is certain: a character of several tokens waits for the last."""
+
+    def __init__(self, model: TransformerBridge, prompt: Tensor) -> None:
+        self._decode = model.tokenizer.decode
+        self._before = len(self._decode(prompt, skip_special_tokens=True))
+        self._told = ""
+
+    def grown(self, ids: Tensor, *, last: bool) -> str:
+        text = self._decode(ids, skip_special_tokens=True)[self._before :]
+        if text.endswith("\ufffd") and not last:
+            return ""
+        piece, self._told = text[len(self._told) :], text
+        return piece
 
 
 def _told(model: TransformerBridge, ids: Tensor, prompt: Tensor) -> Generated:
