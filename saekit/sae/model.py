@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 MAX_WIDTH = 2**31
+ROUNDING = 1e-3  # products of two shapes differ by far less
 FLOATS = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -340,11 +341,18 @@ class SAE(nn.Module):
     def encode_some(self, x: Tensor, latents: Sequence[int]) -> Tensor:
         """f [.., n] at n latents: one encoder column each, but for topk, where all latents compete."""
         some = [self.check_latent(latent) for latent in latents]
-        if self.architecture == "topk":
-            return self.encode(x)[..., some]
-        x = self._input(x)
-        p = (x if self.shift is None else x - self.shift) @ self.W_enc[:, some] + self.encoder_bias[some]
-        return self.kind.activate(self, p, some)
+        shifted = self._input(x)
+        shifted = shifted if self.shift is None else shifted - self.shift
+        p = shifted @ self.W_enc[:, some] + self.encoder_bias[some]
+        if self.architecture != "topk":
+            return self.kind.activate(self, p, some)
+        if x.device.type == "cpu" and bool((p <= -ROUNDING).all()):
+            return torch.zeros_like(p)  # what is below zero fires in no competition, which need not be held
+        assert self.k is not None
+        every = self.preactivations(x)
+        winners = every.topk(self.k, sorted=False).indices
+        wins = (winners[..., None, :] == torch.tensor(some, device=x.device)[:, None]).any(-1)
+        return torch.where(wins, every[..., some].relu(), 0.0)
 
     def decode(self, f: Tensor) -> Tensor:
         """f W_dec + b_dec [.., E] of latents f [.., S]; a skip, which needs x, is added by `reconstruct`."""

@@ -96,6 +96,7 @@ class Edit:
     source: Source | None = field(default=None, repr=False)  # swap's
     condition: Condition | None = None
     positions: Positions | None = None  # of this edit; None: those that `steer` is given
+    model_hash: str | None = field(default=None, repr=False)  # of the model it is for, where that is known
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

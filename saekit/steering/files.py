@@ -297,7 +297,7 @@ def load(path: str | Path, *, model: TransformerBridge, sae: SAE | Sequence[SAE]
     brought = [sae] if isinstance(sae, SAE) else list(sae)
     try:
         saes = [_sae(number, said, tensors, brought) for number, said in enumerate(content.saes)]
-        edits = [_unpacked(edit, tensors, saes) for edit in content.edits]
+        edits = [_unpacked(edit, tensors, saes, content.model.hash) for edit in content.edits]
     except _Broken as error:
         raise InvalidInput(f"{path}: {error}") from error
     except (InvalidInput, UnknownName) as error:  # an edit or a config that cannot be
@@ -405,7 +405,7 @@ def _sae_config(said: Mapping[str, Any]) -> SAEConfig:
         raise _Broken(f"an SAE's config that lacks something ({error})") from error
 
 
-def _unpacked(said: _Edit, tensors: Mapping[str, Tensor], saes: Sequence[SAE]) -> Edit:
+def _unpacked(said: _Edit, tensors: Mapping[str, Tensor], saes: Sequence[SAE], made_for: str) -> Edit:
     def feature(sae: int | None, latent: int | None) -> SAE | None:
         if sae is None:
             return None
@@ -443,4 +443,5 @@ def _unpacked(said: _Edit, tensors: Mapping[str, Tensor], saes: Sequence[SAE]) -
             None if condition.feature is None else feature(condition.feature.sae, condition.feature.latent),
         ),
         positions=None if said.positions is None else check_positions(said.positions),
+        model_hash=made_for,
     )

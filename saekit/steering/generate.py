@@ -11,7 +11,7 @@ N prompts of T tokens, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -97,22 +97,23 @@ def stream_rows(
     top_p: float | None = None,
     top_k: int | None = None,
     stop_at_eos: bool = True,
-) -> Iterator[list[str]]:
+) -> Generator[list[str], None, list[Generated]]:
     """`generate`, a step at a time: what each row's text grows by, `""` where a character is not whole yet or the row has ended.
 
-    Prompts and options are checked at the call; a loop that is left stops generating.
+    What `generate` gives is the generator's own value, at its end. Prompts and options are checked at the call; a loop that is left stops generating.
     """
     ids = [prompt_ids(model, prompt, max_new_tokens) for prompt in prompts]
     sampler = _Sampler(_seeds(seed, len(ids)), temperature, top_p, top_k)
     rows = _Rows(model, ids, sampler, stop_at_eos=stop_at_eos, cached=True)
     texts = [_Growing(model, row) for row in ids]
 
-    def steps() -> Iterator[list[str]]:
+    def steps() -> Generator[list[str], None, list[Generated]]:
         while not rows.ended and rows.made < max_new_tokens:
             with unwrapped(model):  # step by step: between two of them the model is everybody's
                 rows.step()
             last = rows.ended or rows.made == max_new_tokens
             yield [text.grown(row, last=last) for text, row in zip(texts, rows.ids(), strict=True)]
+        return [_told(model, row, prompt) for row, prompt in zip(rows.ids(), ids, strict=True)]
 
     return steps()
 
@@ -226,7 +227,7 @@ class _Rows:
         self.made = 0
         self.ended = False
 
-    @torch.no_grad()
+    @torch.inference_mode()  # as TransformerLens generates
     def step(self) -> None:
         inputs: dict[str, Any] = {"input_ids": self._new[-1], "use_cache": self._cached}
         if self._past is None:

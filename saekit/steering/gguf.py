@@ -104,7 +104,8 @@ def load(path: str | Path, *, model: TransformerBridge) -> list[Edit]:
     for n, direction in sorted(vector.directions.items()):
         strength = vector.strengths.get(n, 1.0)
         d = (direction.double() / strength).float()
-        edits.append(Edit("add", f"blocks.{n}.hook_resid_post", d, strength, label=f"{Path(path).name} {n}"))
+        label, site = f"{Path(path).name} {n}", f"blocks.{n}.hook_resid_post"
+        edits.append(Edit("add", site, d, strength, label=label, model_hash=vector.model_hash))
     return edits
 
 

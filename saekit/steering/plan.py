@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import InvalidInput
-from saekit.lm import special_ids
+from saekit.lm import model_hash, special_ids
 from saekit.sites import editing, site_width
 from saekit.steering.edits import Condition, Edit
 from saekit.steering.positions import Positions, Tracker, check_positions
@@ -355,7 +355,7 @@ def _read_sites(edit: Edit) -> list[str]:
 
 
 def _check_fit(model: TransformerBridge, edits: Sequence[Edit]) -> None:
-    """Raises unless the model has every site that is written or read, at these widths, those read not after the edit."""
+    """Raises unless the edits are for this model, which has every site that is written or read, at these widths, those read not after the edit."""
     widths: dict[str, int] = {}
 
     def check(site: str, width: int, what: str) -> None:
@@ -366,7 +366,13 @@ def _check_fit(model: TransformerBridge, edits: Sequence[Edit]) -> None:
                 f"{what} of width {width} cannot act on {site} of {model.cfg.model_name}, which has width {widths[site]}"
             )
 
+    own = model_hash(model) if any(edit.model_hash for edit in edits) else None
     for edit in edits:
+        if edit.model_hash not in (None, own):
+            raise InvalidInput(
+                f"{edit.label} was found in a model with weights {edit.model_hash:.10}…, {model.cfg.model_name} has {own:.10}…; "
+                "to steer another model with it all the same: saekit.Direction(edit.direction, edit.site)"
+            )
         check(edit.site, len(edit.direction), "an edit")
         for sae, _ in _features(edit):
             for site, width in zip(sae.sites, sae.widths if sae.is_crosscoder else (sae.d_in,), strict=True):

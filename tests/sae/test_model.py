@@ -83,6 +83,22 @@ def test_sparse_and_partial_encodes_equal_the_dense_one(sae) -> None:
     torch.testing.assert_close(sae.encode_some(X, [3, 17]), sae.encode(X)[..., [3, 17]])
 
 
+def test_latents_below_zero_need_no_competition() -> None:
+    """A topk SAE's encoder is run only where one of the latents asked for may win."""
+    sae = next(sae for sae in every() if sae.architecture == "topk")
+    with torch.no_grad():
+        sae.b_enc[3] = -50.0
+    ran: list[int] = []
+    whole = sae.preactivations
+    sae.preactivations = lambda x: (ran.append(1), whole(x))[1]
+    assert not sae.encode_some(X, [3]).any()
+    assert not ran
+    some = sae.encode_some(X, [3, 17, 20])
+    assert ran
+    assert torch.equal(some, sae.encode(X)[..., [3, 17, 20]])
+    assert not torch.equal(some, (X @ sae.W_enc + sae.b_enc)[..., [3, 17, 20]].relu())  # some lose
+
+
 def test_a_transcoder_reads_one_site_and_writes_another() -> None:
     for sae in every(d_out=5, skip=True, site="a", target_site="b"):
         assert (sae.site, sae.sites, sae.target_sites, sae.d_out, sae.widths) == (

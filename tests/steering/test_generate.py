@@ -5,7 +5,7 @@ import torch
 
 from saekit.errors import InvalidInput
 from saekit.steering.directions import Direction
-from saekit.steering.generate import generate, prompt_ids, stream
+from saekit.steering.generate import _Growing, generate, prompt_ids, stream, stream_rows
 from saekit.steering.steer import steer
 
 PROMPTS = ["The king sees a river", "A dog", "Once there was a stone in the garden of"]
@@ -134,3 +134,70 @@ def test_a_text_that_ends_stops_there(model, monkeypatch) -> None:
     first = generate(model, PROMPTS[:2], 6, temperature=0)[0]
     assert first.ids.tolist() == wanted[0].ids[: wanted[0].prompt_length + 3].tolist()
     assert len(prompt_ids(model, PROMPTS[0], 6)) == wanted[0].prompt_length
+
+
+@pytest.mark.parametrize("name", ["model", "llama"])
+def test_rows_of_a_stream_grow_into_what_generate_gives(request, name) -> None:
+    model = request.getfixturevalue(name)
+    told, steps, rows = ["", "", ""], 0, stream_rows(model, PROMPTS, 6, seed=[4, 5, 4])
+    while True:
+        try:
+            pieces = next(rows)
+        except StopIteration as end:
+            made = end.value
+            break
+        steps += 1
+        told = [text + piece for text, piece in zip(told, pieces, strict=True)]
+    expected = generate(model, PROMPTS, 6, seed=[4, 5, 4])
+    assert told == [one.continuation for one in made] == [one.continuation for one in expected]
+    assert steps == 6
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(made, expected, strict=True))
+
+
+def test_a_character_of_several_tokens_comes_whole(model) -> None:
+    """Bytes of an emoji one by one: nothing is told until the last."""
+    ids = model.tokenizer("😀", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 1
+    prompt = prompt_ids(model, "A", 8)
+    growing = _Growing(model, prompt)
+    pieces = [
+        growing.grown(torch.cat([prompt, torch.tensor(ids[: n + 1])]), last=False) for n in range(len(ids))
+    ]
+    assert pieces == [""] * (len(ids) - 1) + ["😀"]
+    half = torch.cat([prompt, torch.tensor(ids[:1])])
+    assert _Growing(model, prompt).grown(half, last=True) == "\ufffd"
+
+
+def test_without_an_end_a_text_goes_on(model, monkeypatch) -> None:
+    """`stop_at_eos=False` also where the model's own settings name an end."""
+    (wanted,) = generate(model, PROMPTS[:1], 6, temperature=0)
+    end = int(wanted.ids[wanted.prompt_length + 2])
+    monkeypatch.setattr(model.original_model.generation_config, "eos_token_id", [end, 0])
+    (ended,) = generate(model, PROMPTS[:1], 6, temperature=0)
+    assert len(ended.ids) == wanted.prompt_length + 3
+    (goes_on,) = generate(model, PROMPTS[:1], 6, temperature=0, stop_at_eos=False)
+    assert torch.equal(goes_on.ids, wanted.ids)
+
+
+def test_a_model_without_a_cache_reads_it_all_again(model, monkeypatch) -> None:
+    whole = model.original_model.forward
+    lengths = []
+
+    def without(input_ids, **options):
+        lengths.append(input_ids.shape[1])
+        made = whole(input_ids=input_ids, **options)
+        made.past_key_values = None
+        return made
+
+    expected = generate(model, PROMPTS[:2], 4, temperature=0)
+    monkeypatch.setattr(model.original_model, "forward", without)
+    again = generate(model, PROMPTS[:2], 4, temperature=0)
+    assert [one.text for one in again] == [one.text for one in expected]
+    assert lengths == list(range(lengths[0], lengths[0] + 4))
+
+
+def test_tensors_may_go_into_autograd_afterwards(model) -> None:
+    (made,) = generate(model, PROMPTS[:1], 3)
+    weight = torch.randn(8192, 4, requires_grad=True)
+    torch.nn.functional.embedding(made.ids, weight).sum().backward()
+    assert weight.grad is not None

@@ -205,3 +205,28 @@ def test_a_block_works_in_another_thread(model) -> None:
     thread.join()
     with torch.no_grad(), steer(model, ones(model).add(5.0)):
         assert torch.equal(model(model.to_tokens(PROMPT)), found[0])
+
+
+def test_an_edit_found_in_another_model_is_refused(family) -> None:
+    """Same width and site, other weights: a direction means nothing there."""
+    import copy
+
+    model = family("tiny", "float32")
+    found = Direction.from_contrast(model, " Jedi", " phone", site="blocks.2.hook_resid_pre")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(iter(other.original_model.parameters())).mul_(1.1)
+    for edit in (found.add(2.0), found.replace(), (2 * found).add(1.0)):
+        with steer(model, edit):
+            pass
+        with (
+            pytest.raises(
+                InvalidInput, match="' phone'.* was found in a model with weights .*to steer another model"
+            ),
+            steer(other, edit),
+        ):
+            pass
+    ids = other.to_tokens("The king")
+    with steer(other, Direction(found.vector, found.site).add(50.0)), torch.no_grad():
+        steered = other(ids)
+    assert not torch.equal(steered, other(ids))

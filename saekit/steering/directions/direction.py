@@ -271,13 +271,17 @@ class Direction(Steerable):
 
     def edit(self, kind: Kind, strength: float = 0.0, unit: Unit = "raw") -> Edit:
         return Edit(
-            kind, self.site, self.vector, strength, unit, self.label, latent=self.latent, sae=self.sae
-        )
+            kind, self.site, self.vector, strength, unit, self.label, latent=self.latent, sae=self.sae,
+            model_hash=self.model_hash,
+        )  # fmt: skip
 
     def replace(self) -> Edit:
         """Put the vector itself in place of the activations, as a task vector wants it: at the positions where it acts,
         nothing of x is left. Give `steer` the last position of the prompt, `positions=[n − 1]`."""
-        return Edit("swap", self.site, self.vector, 0.0, label=self.label, source=Source(self.vector))
+        return Edit(
+            "swap", self.site, self.vector, 0.0, label=self.label, source=Source(self.vector),
+            model_hash=self.model_hash,
+        )  # fmt: skip
 
     def check_fits(self, model: TransformerBridge) -> None:
         """Raises `UnknownName` or `InvalidInput` unless it is a direction of this model: site, width and weights."""
