@@ -30,6 +30,7 @@ class _Part(NamedTuple):
     places: list[_Place]
     listeners: list[Any]  # the bridge's modules whose hooks would be missed
     block: Any = None  # its bridge's own hooks, which only feed other hooks, do not count
+    is_inside: bool = False  # of a block
 
     def is_free(self) -> bool:
         ours = {handle.id for handle in getattr(self.block, "_capture_hook_handles", ())}
@@ -45,18 +46,38 @@ def unwrapped(model: TransformerBridge) -> Iterator[None]:
 
     Hooks that come while it is open may be passed by. A model whose weights the bridge has processed keeps its components.
     """
-    places = (
-        []
-        if model.compatibility_mode
-        else [p for part in _parts(model) if part.is_free() for p in part.places]
-    )
+    parts = [] if model.compatibility_mode else _parts(model)
+    free = [part for part in parts if part.is_free()]
+    places = [place for part in free for place in part.places]
+    insides = [part for part in parts if part.is_inside]
+    fused = bool(insides) and all(any(part is one for one in free) for part in insides)
     try:
         for parent, name, component in places:
             parent._modules[name] = component.original_component
-        yield
+        with _fused_attention(model.original_model) if fused else contextlib.nullcontext():
+            yield
     finally:
         for parent, name, component in places:
             parent._modules[name] = component
+
+
+@contextlib.contextmanager
+def _fused_attention(model: Any) -> Iterator[None]:
+    """Attention in one operation, which the bridge does without as nobody could see its pattern.
+
+    Not for a model that caps its attention's logits: the fused operation would leave that out.
+    """
+    config = model.config
+    before = config._attn_implementation
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if before != "eager" or capped or not getattr(model, "_supports_sdpa", False):
+        yield
+        return
+    try:
+        config._attn_implementation = "sdpa"
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def _parts(model: TransformerBridge) -> list[_Part]:
@@ -81,7 +102,7 @@ def _parts_of(module: nn.Module) -> Iterator[_Part]:
             yield _Part([place], everything, child)
             ends = (child, child.hook_in, child.hook_out)
             inside = [m for m in everything if all(m is not end for end in ends)]
-            yield _Part(list(_places(child.original_component)), inside, child)
+            yield _Part(list(_places(child.original_component)), inside, child, is_inside=True)
         elif child.original_component is not None:
             yield _Part([place, *_places(child.original_component)], _listening_posts(child))
 

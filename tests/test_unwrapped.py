@@ -93,3 +93,19 @@ def test_weights_that_the_bridge_has_folded_stay_with_it() -> None:
     with unwrapped(lm):
         assert components(lm) == before
         assert torch.equal(logits(lm), plain)
+
+
+def test_attention_is_fused_while_nobody_looks_inside_a_block(lm) -> None:
+    config = lm.original_model.config
+    assert config._attn_implementation == "eager"
+    for site, inside in [("blocks.1.hook_resid_pre", "sdpa"), ("blocks.1.attn.hook_pattern", "eager")]:
+        with editing(lm, {site: lambda x: x}), unwrapped(lm):
+            assert config._attn_implementation == inside
+        assert config._attn_implementation == "eager"
+
+
+def test_capped_attention_is_not_fused(lm, monkeypatch) -> None:
+    """The fused operation knows no cap of its logits (Gemma 2's)."""
+    monkeypatch.setattr(lm.original_model.config, "attn_logit_softcapping", 50.0, raising=False)
+    with unwrapped(lm):
+        assert lm.original_model.config._attn_implementation == "eager"
