@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from saekit.catalog.build import Progress as BuildProgress
 
 WIDTH = 120  # where there is no terminal to ask
+ROWS = 12  # of SAEs trained together, shown live one by one; of more only how far they reach
 
 
 def _console(*, stderr: bool) -> Console:
@@ -31,67 +33,150 @@ err = _console(stderr=True)
 
 
 class RunReporter:
-    """Progress of a training run on stderr: a bar on a terminal, a line every few seconds elsewhere."""
+    """Progress of a training run on stderr: a few live lines on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self, every: float = 5.0) -> None:
-        self._live = err.is_terminal
         self._every, self._last = every, 0.0
-        self._bar: Progress | None = None
-        self._task: Any = None
+        self._live: Live | None = None
         self._first: tuple[float, int] | None = None  # when the first figures came, and for which step
+        self._told_step = -1.0  # of the last evaluation that was told in a line
+        self._losses: dict[str, _Smooth] = {}
 
     def __enter__(self) -> RunReporter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        if self._live:
+            self._live.stop()
 
     def line(self, text: str) -> None:
         err.print(Text(text))
 
     def progress(self, step: int, steps: int, figures: dict[str, float]) -> None:
-        text = _figures(figures)
-        if not self._live:
-            now = time.monotonic()
-            self._first = self._first or (now, step)
-            if step == steps or now - self._last >= self._every:
-                self._last = now
-                self.line(f"  step {step}/{steps}  {text}{self._left(now, step, steps)}")
-            return
-        if self._bar is None:
-            self._bar = Progress(
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
-                console=err,
-            )
-            self._task = self._bar.add_task("", total=steps, text="")
-            self._bar.start()
-        self._bar.update(self._task, completed=step, text=text)
+        now = time.monotonic()
+        self._first = self._first or (now, step)
+        for key, value in figures.items():
+            if key.rpartition("/")[2] == "loss":
+                figures = figures | {key: self._losses.setdefault(key, _Smooth()).add(value)}
+        left = self._left(now, step, steps)
+        if err.is_terminal:
+            if self._live is None:
+                self._live = Live(console=err, auto_refresh=False)
+                self._live.start()
+            self._live.update(_run(step, steps, left, figures), refresh=True)
+        elif step == steps or now - self._last >= self._every:
+            self._last = now
+            if (at := figures.get("held_out_step", -1)) > self._told_step:
+                self._told_step = at
+                self.line(f"  held out at {_held_out(figures)}")
+            head = f"  step {step}/{steps}  {step / steps:.0%}  {_count(figures['tokens'])} tokens"
+            rate = f"{figures['tokens_per_second']:,.0f} tok/s"
+            self.line("  ".join(filter(None, (head, _of_all(figures), rate, left))))
 
     def _left(self, now: float, step: int, steps: int) -> str:
         assert self._first is not None
         start, first = self._first
         if step in (first, steps):
             return ""
-        return f"  {(now - start) / (step - first) * (steps - step):,.0f} s left"
+        seconds = round((now - start) / (step - first) * (steps - step))
+        minutes, hours = seconds // 60, seconds // 3600
+        clock = f"{hours}:{minutes % 60:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+        return f"{clock} left"
 
 
-def _figures(figures: dict[str, float]) -> str:
+class _Smooth:
+    """The mean of the values so far, each weighing a tenth less than the one after it."""
+
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
+
+    def add(self, value: float) -> float:
+        self._sum, self._weight = 0.9 * self._sum + value, 0.9 * self._weight + 1
+        return self._sum / self._weight
+
+
+def _run(step: int, steps: int, left: str, figures: Mapping[str, float]) -> RenderableType:
+    """What is live: how far the run is, its figures, and its last evaluation; of several SAEs a row for each."""
+    tokens = f"{_count(figures['tokens'])}/{_count(figures['tokens_in_all'])} tokens"
+    head = Text("  ".join(filter(None, (f"{step / steps:4.0%}", f"step {step}/{steps}", tokens, left))))
+    line = Table.grid(padding=(0, 2))
+    bar = ProgressBar(steps, step, width=max(6, min(30, err.width - len(head) - 4)))
+    line.add_row(bar, head)
     rate = f"{figures['tokens_per_second']:,.0f} tok/s"
-    if "saes" in figures:
-        low, high = figures["explained_variance_low"], figures["explained_variance_high"]
-        return f"{figures['saes']} SAEs  EV {low:.3f} … {high:.3f}  dead up to {figures['dead']:.1%}  {rate}"
-    parts = [f"loss {figures['loss']:.4g}"]
-    if "l0" in figures:
-        parts += [
-            f"L0 {figures['l0']:.1f}",
-            f"EV {figures['explained_variance']:.3f}",
-            f"dead {figures['dead']:.1%}",
-        ]
-    return "  ".join([*parts, rate])
+    names = _saes(figures)
+    if len(names) > 1 and len(names) <= min(ROWS, err.height - 4):
+        return Group(line, _run_table(names, figures), Text(rate))
+    told = _of_all(figures)
+    lines: list[RenderableType] = [line]
+    lines += [Text(told), Text(rate)] if len(names) > 1 else [Text(f"{told}  {rate}")]
+    if "held_out_step" in figures:
+        lines.append(Text(f"held out at {_held_out(figures)}", style="dim"))
+    return Group(*lines)
+
+
+def _run_table(names: Sequence[str], figures: Mapping[str, float]) -> Table:
+    """A row for each SAE of a sweep; what was never evaluated has no column of it."""
+    forms = {"loss": "{:.4g}", "l0": "{:.1f}", "explained_variance": "{:.3f}", "dead": "{:.1%}",
+             "held_out_explained_variance": "{:.3f}", "held_out_ce_recovered": "{:.3f}"}  # fmt: skip
+    titles = ["loss", "L0", "EV", "dead", "held-out EV", "CE rec."]
+    shown = {
+        title: (key, form)
+        for title, (key, form) in zip(titles, forms.items(), strict=True)
+        if any(f"{name}/{key}" in figures for name in names)
+    }
+    made = Table(box=None, pad_edge=False, header_style="dim")
+    made.add_column("", no_wrap=True, overflow="ellipsis")
+    for title in shown:
+        made.add_column(title, justify="right", no_wrap=True)
+    for name in names:
+        own = (figures.get(f"{name}/{key}") for key, _ in shown.values())
+        cells = (
+            "" if v is None else form.format(v) for v, (_, form) in zip(own, shown.values(), strict=True)
+        )
+        made.add_row(Text(visible(name)), *cells)
+    return made
+
+
+def _saes(figures: Mapping[str, float]) -> list[str]:
+    """The names in a sweep; none where one SAE is trained alone."""
+    return [key.removesuffix("/loss") for key in figures if key.endswith("/loss")]
+
+
+def _of_all(figures: Mapping[str, float]) -> str:
+    """The figures of one SAE, or how far those of several reach, in a line."""
+    names = _saes(figures) or [""]
+    forms = {"loss": ("loss", "{:.4g}"), "l0": ("L0", "{:.1f}"), "explained_variance": ("EV", "{:.3f}"),
+             "dead": ("dead", "{:.1%}")}  # fmt: skip
+    parts = [f"{len(names)} SAEs"] if len(names) > 1 else []
+    parts += [_reach(figures, names, key, *told) for key, told in forms.items()]
+    return "  ".join(filter(None, parts))
+
+
+def _held_out(figures: Mapping[str, float]) -> str:
+    """The last evaluation, in a line."""
+    names = _saes(figures) or [""]
+    ev = _reach(figures, names, "held_out_explained_variance", "EV", "{:.3f}")
+    ce = _reach(figures, names, "held_out_ce_recovered", "CE recovered", "{:.3f}")
+    return f"step {figures['held_out_step']:.0f}: {'  '.join(filter(None, (ev, ce)))}"
+
+
+def _reach(figures: Mapping[str, float], names: Sequence[str], key: str, title: str, form: str) -> str:
+    """A figure, or the least and the greatest of several, with its title; nothing where nobody has it."""
+    keys = [f"{name}/{key}" if name else key for name in names]
+    found = sorted(
+        {form.format(figures[k]): figures[k] for k in keys if k in figures}.items(), key=lambda p: p[1]
+    )
+    if not found:
+        return ""
+    return f"{title} {found[0][0]}" if len(found) == 1 else f"{title} {found[0][0]}…{found[-1][0]}"
+
+
+def _count(n: float) -> str:
+    """A number of tokens in few characters: 860k, 1.40M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.{0 if n >= 100 * size or unit == 'k' else 2}f}{unit}"
+    return f"{n:.0f}"
 
 
 class _NowAndThen:

@@ -38,6 +38,13 @@ T = TypeVar("T")
 Make = Callable[[float], Edit]  # strength → edit
 
 PROMPT = "Mike pulls out his"
+PROMPTS = (  # of the page's prompts view
+    PROMPT,
+    "The Jedi Knight raised her lightsaber and stepped in front of the young Padawan.",
+    "Once upon a time there was a little boat that was afraid of the sea.",
+    "The battle took place in 19 BBY, when the Galactic Republic became the Galactic Empire.",
+    "Tom and Lily went to the park. They saw a big red ball and wanted to play with it.",
+)
 QUERIES = ("Jedi", "lightsaber", "Star Wars")
 STAR_WARS = (
     "lightsaber lightsabers blaster Jedi Sith Padawan Padawans droid droids starfighter starship Star Clone Republic "
@@ -88,7 +95,7 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
             progress=None if quiet else CatalogProgress(),
         ),
     )  # fmt: skip
-    page = _timed(times, "page", lambda: catalog.page(run / "page"))
+    page = _timed(times, "page", lambda: catalog.page(run / "page", prompts=PROMPTS, model=model))
     say(
         f"   {int((catalog.density > 0).sum()):,} of {len(catalog):,} features fired on {catalog.info['corpus']['tokens']:,} tokens"
     )

@@ -62,6 +62,7 @@ class Recipe(Section):
     sae: Sections
     training: TrainingConfig = TrainingConfig()
     parallel: ParallelSection = ParallelSection()
+    report: bool = True  # report.html and report.png at the end, of each SAE
     wandb: WandbConfig = WandbConfig()
     seed: Seed = 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -12,11 +12,13 @@ from torch import Tensor
 from saekit.catalog.relations import Neighbour
 from saekit.catalog.said import Explanation
 from saekit.catalog.tables import TOP
+from saekit.lens.tokens import visible
 from saekit.steering.edits import Edit, Steerable
 from saekit.steering.kinds import Kind, Unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import RenderableType
 
     from saekit.catalog.store import Catalog
 
@@ -217,6 +219,7 @@ class Feature(Steerable):
             sae=catalog.sae,
             max_activation=self.max_activation or None,
             norm=catalog.median_norm if catalog.target_site == catalog.site else None,
+            model_hash=catalog.info["model"]["hash"],
         )
 
     def figure(self) -> Figure:
@@ -224,6 +227,22 @@ class Feature(Steerable):
         from saekit.catalog.figure import feature_figure
 
         return feature_figure(self)
+
+    def _repr_html_(self) -> str:
+        from saekit.display.feature import feature_html
+
+        return feature_html(self)
+
+    def __rich__(self) -> RenderableType:
+        from saekit.display.feature import feature_text
+
+        return feature_text(self)
+
+    def _repr_pretty_(self, p: Any, cycle: bool) -> None:
+        """IPython's: coloured in a terminal, as `print` has it elsewhere."""
+        from saekit.display.terminal import pretty
+
+        pretty(self, p)
 
     def summary(self) -> str:
         """The record in a few lines, without contexts."""
@@ -246,7 +265,9 @@ class Feature(Steerable):
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        return "\n".join([self.summary(), *(f"  {c.max_activation:8.3g}  {c}" for c in self.contexts[:5])])
+        """Plain text, whose control characters and bidi overrides are escapes."""
+        lines = [self.summary(), *(f"  {c.max_activation:8.3g}  {c}" for c in self.contexts[:5])]
+        return visible("\n".join(lines))
 
 
 def shares(histogram: list[Bin], top: float, n: int) -> list[float]:

@@ -25,6 +25,8 @@ from saekit.sae import SAE
 from saekit.sae.files import assemble, from_cfg
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
     from transformer_lens.model_bridge import TransformerBridge
 
     from saekit.catalog.difference import Difference
@@ -181,6 +183,28 @@ class Catalog:
         corpus = self.info["corpus"]
         return f"Catalog({self.d_sae} features of {self.model_name} at {self.site}, {corpus['tokens']:,} tokens of {corpus['label']})"
 
+    def _repr_html_(self) -> str:
+        from saekit.display.catalog import catalog_html
+
+        return catalog_html(self)
+
+    def __rich__(self) -> RenderableType:
+        from saekit.display.catalog import catalog_text
+
+        return catalog_text(self)
+
+    def _repr_pretty_(self, p: Any, cycle: bool) -> None:
+        """IPython's: coloured in a terminal, as `print` has it elsewhere."""
+        from saekit.display.terminal import pretty
+
+        pretty(self, p)
+
+    def figure(self) -> Figure:
+        """A matplotlib figure: how often the features fire, and how well they are explained."""
+        from saekit.catalog.figure import catalog_figure
+
+        return catalog_figure(self)
+
     @property
     def density(self) -> np.ndarray:
         """[S] share of tokens on which each feature fires."""
@@ -318,11 +342,27 @@ class Catalog:
             self._read = stamp, Said(self.table("explanations"), self.table("scores"), self.d_sae)
         return self._read[1]
 
-    def page(self, folder: str | Path) -> Path:
-        """Write the catalog as a static page that opens from disk and from any web server."""
+    def page(
+        self,
+        folder: str | Path,
+        *,
+        prompts: Sequence[str] | None = None,
+        model: TransformerBridge | None = None,
+        features: Sequence[int] | None = None,
+    ) -> Path:
+        """Write the catalog as a static page that opens from disk and from any web server; returns its place.
+
+        folder: a new folder, or one that holds an earlier page; or a path that ends in `.html`: one file that holds the
+        chosen `features` (at most 200) and nothing else, to attach to a mail. prompts: texts to show what fires on, token
+        by token, before those of the catalog's own sample. model: the one the catalog was built on, for the prompts;
+        loaded by its name where none is given.
+
+        Raises `InvalidInput` for a place that holds anything else, a file without features or with too many, another
+        model; `UnknownFeature`.
+        """
         from saekit.catalog.page import write_page
 
-        return write_page(self, Path(folder))
+        return write_page(self, Path(folder), prompts=prompts, model=model, features=features)
 
     def publish(
         self,

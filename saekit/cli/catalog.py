@@ -21,7 +21,7 @@ from saekit.cli.common import (
 from saekit.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from saekit.catalog import Catalog, Context, Feature
+    from saekit.catalog import Catalog, Feature
 
 
 def add(commands: Any) -> None:
@@ -142,9 +142,17 @@ def add(commands: Any) -> None:
     diff.add_argument("--threshold", type=float, default=0.7, help="similarity of a match (default: 0.7)")
     diff.add_argument("--limit", type=count, default=20, help="features shown (default: 20); --json has all")
 
-    page = command(parts, "page", _catalog_page, "a static page")
+    page = command(
+        parts, "page", _catalog_page, "a static page: a folder, or for some features one .html file"
+    )
     page.add_argument("catalog")
-    page.add_argument("out")
+    page.add_argument("out", help="a folder, or with --features a file that ends in .html")
+    page.add_argument("--features", type=_features, help="numbers such as 1,2,3: those of a single file")
+    page.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="show what fires on it (repeatable)"
+    )
+    page.add_argument("--prompts", metavar="FILE", help="such texts, one a line")
+    model_option(page)
 
     publish = command(parts, "publish", _catalog_publish, "upload to the Hugging Face Hub")
     publish.add_argument("catalog")
@@ -177,8 +185,15 @@ def add(commands: Any) -> None:
 
     serve = command(commands, "serve", _serve, "the page with a live model behind it, on 127.0.0.1")
     serve.add_argument("catalog")
-    serve.add_argument("--port", type=count, default=8321)
+    serve.add_argument("--port", type=_port, default=8321, help="default: 8321; 0 takes any free one")
+    serve.add_argument("--open", action="store_true", help="open it in the browser")
     model_option(serve)
+
+
+def _port(text: str) -> int:
+    if text.isdigit() and int(text) < 2**16:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a port: a whole number from 0 to 65535")
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -283,25 +298,13 @@ def _catalog_note(options: argparse.Namespace) -> None:
 def _catalog_show(options: argparse.Namespace) -> None:
     from saekit import Catalog
     from saekit.console import out
-    from saekit.lens.tokens import visible
+    from saekit.display.feature import feature_text
 
     feature = Catalog.open(options.catalog)[options.feature]
     if options.json:
         print_json(_record(feature))
         return
-    print(visible(feature.summary()))
-    _print_contexts(feature.contexts[:10], feature.max_activation)
-    for band in reversed(feature.bands) if options.bands else ():
-        out.print(f"\n  {band.low:.3g} to {band.high:.3g}, about {band.share:.1%} of its firings")
-        _print_contexts(band.contexts, feature.max_activation)
-
-
-def _print_contexts(contexts: list[Context], top: float) -> None:
-    from saekit.console import context_text, out
-
-    for context in contexts:
-        sink = " (sink)" if context.sink else ""
-        out.print(f"{context.max_activation:9.3g}{sink}  ", context_text(context, top))
+    out.print(feature_text(feature, bands=options.bands))
 
 
 def _record(feature: Any) -> dict[str, Any]:
@@ -355,7 +358,8 @@ def _catalog_raising(options: argparse.Namespace) -> None:
 
 def _print_features(options: argparse.Namespace, found: list[tuple[Feature, dict[str, float]]]) -> None:
     """Features in a table, each with figures of its own before those that all have."""
-    from saekit.console import out, table
+    from saekit.console import out
+    from saekit.display.catalog import features_table
 
     if options.json:
         print_json(
@@ -372,20 +376,7 @@ def _print_features(options: argparse.Namespace, found: list[tuple[Feature, dict
             ]
         )
         return
-    rows = [
-        (
-            f.index,
-            *(f"{value:.3g}" for value in own.values()),
-            f.explanation or "",
-            "" if f.score is None else f"{f.score:.2f}",
-            f"{f.density:.3%}",
-            f"{f.max_activation:.3g}",
-            ", ".join(repr(t.token) for t in f.logits_top[:4]),
-        )
-        for f, own in found
-    ]
-    columns = ["feature", *(found[0][1] if found else ()), "means", "score", "density", "max", "raises"]
-    out.print(table(columns, rows) if rows else "nothing found")
+    out.print(features_table(found) if found else "nothing found")
 
 
 def _catalog_check(options: argparse.Namespace) -> None:
@@ -451,9 +442,29 @@ def _catalog_diff(options: argparse.Namespace) -> None:
 
 def _catalog_page(options: argparse.Namespace) -> None:
     from saekit import Catalog
+    from saekit.catalog.page import size_of
 
-    folder = Catalog.open(options.catalog).page(options.out)
-    print_json({"page": str(folder / "index.html")}) if options.json else print(folder / "index.html")
+    catalog = Catalog.open(options.catalog)
+    prompts = [*options.prompt, *(_lines(options.prompts) if options.prompts else ())]
+    model = model_of_catalog(options, catalog) if prompts else None
+    made = catalog.page(options.out, prompts=prompts, model=model, features=options.features)
+    start, size = made / "index.html" if made.is_dir() else made, size_of(made)
+    if options.json:
+        print_json({"page": str(start), "bytes": size})
+        return
+    print(start)
+    print(f"{size / 1e6:.1f} MB", file=sys.stderr)
+
+
+def _lines(file: str) -> list[str]:
+    """The lines of a text file that say something. Raises `FileMissing`, or `InvalidInput` for one that is no UTF-8 text."""
+    from saekit.files import existing
+
+    try:
+        text = existing(file, "prompts").read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"prompts {file}: not a text file ({error})") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _catalog_publish(options: argparse.Namespace) -> None:
@@ -499,7 +510,15 @@ def _catalog_upload(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
+    import webbrowser
+
     from saekit.server.app import serve
 
+    def ready(address: str) -> None:
+        print_json({"address": address}) if options.json else print(f"{address}   (Ctrl-C stops)")
+        sys.stdout.flush()  # also into a pipe: the server goes on
+        if options.open:
+            webbrowser.open(address)
+
     catalog, model = catalog_and_model(options)
-    serve(catalog, model, port=options.port)
+    serve(catalog, model, port=options.port, ready=ready)

@@ -59,7 +59,7 @@ def _steering_options(parser: argparse.ArgumentParser) -> None:
 
 def _steer(options: argparse.Namespace) -> None:
     from saekit import compare
-    from saekit.lens.tokens import visible
+    from saekit.console import out
 
     source, model = steerable_and_model(options)
     edit = source.edit(options.kind, options.strength, options.unit)
@@ -73,7 +73,7 @@ def _steer(options: argparse.Namespace) -> None:
         positions=options.positions,
     )
     if not options.json:
-        print(visible(str(side)))
+        out.print(side)
         return
     print_json(
         {
@@ -88,7 +88,7 @@ def _steer(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from saekit.lens.tokens import visible
+    from saekit.console import out
     from saekit.steering.sweep import sweep
 
     source, model = steerable_and_model(options)
@@ -110,9 +110,7 @@ def _sweep(options: argparse.Namespace) -> None:
     if options.json:
         print_json(found.records())
         return
-    print(visible(str(found)))
-    for row in found:
-        print(visible(f"  {row.strength:g}  {row.text!r}"))
+    out.print(found)
 
 
 def _additions(options: argparse.Namespace) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from saekit.errors import FileMissing, InvalidInput
@@ -15,27 +17,34 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"  # never another: there is no password
 
 
-def serve(catalog: Catalog, model: TransformerBridge, *, port: int = 8321) -> None:
+def serve(
+    catalog: Catalog,
+    model: TransformerBridge,
+    *,
+    port: int = 8321,
+    ready: Callable[[str], object] = print,
+) -> None:
     """Serve the catalog's page, with steering, at http://127.0.0.1:<port> until interrupted.
 
+    port: 0 takes any free one. ready: called with the address once requests are taken. Ctrl-C ends it within a token,
+    whatever is being generated.
     Raises `InvalidInput` for a model that is not the catalog's or a port that is taken, `FileMissing` where the
     extra is not installed.
     """
     try:
-        import uvicorn
-
         from saekit.server.routes import application
+        from saekit.server.stopping import server_of
     except ModuleNotFoundError as error:
         raise FileMissing(f"serve: {error.name} is not installed; pip install 'saekit[server]'") from error
     catalog.check_fits(model)
-    with _listen(port) as listening:
-        port = listening.getsockname()[1]  # 0 asks for any free one
-        config = uvicorn.Config(application(catalog, model, port), log_level="warning", proxy_headers=False)
-        print(f"http://{HOST}:{port}   (Ctrl-C stops)", flush=True)
-        uvicorn.Server(config).run(sockets=[listening])
+    with listen(port) as listening, contextlib.suppress(KeyboardInterrupt):  # the way to end it
+        port = listening.getsockname()[1]
+        ready(f"http://{HOST}:{port}")
+        server_of(application(catalog, model, port)).run(sockets=[listening])
 
 
-def _listen(port: int) -> socket.socket:
+def listen(port: int) -> socket.socket:
+    """A socket on this machine's own address that queues whoever connects. Raises `InvalidInput` for a port taken."""
     if not 0 <= port < 2**16:
         raise InvalidInput(f"serve: port {port} is not one; expected 0 (any free one) to 65535")
     try:

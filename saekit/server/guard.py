@@ -6,12 +6,15 @@ a name that was re-bound to 127.0.0.1 in Host; so both have to be ours.
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY = 64 * 2**10  # bytes
+SLOWEST = 30.0  # seconds in which a body has to be here
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -25,6 +28,10 @@ SECURITY_HEADERS = {
 
 class BodyTooLarge(Exception):
     """A request sent more than `MAX_BODY` bytes."""
+
+
+class BodyTooSlow(Exception):
+    """A request did not send its body within `SLOWEST` seconds."""
 
 
 class Guard:
@@ -59,10 +66,14 @@ class Guard:
 
 
 async def body_of(request: Request) -> bytes:
-    """The body, read no further than `MAX_BODY`. Raises `BodyTooLarge`."""
+    """The body, read no further than `MAX_BODY`. Raises `BodyTooLarge`, `BodyTooSlow`, or `ClientDisconnect`."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise BodyTooLarge
+    try:
+        async with asyncio.timeout(SLOWEST):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise BodyTooLarge
+    except TimeoutError as error:
+        raise BodyTooSlow from error
     return bytes(body)

@@ -15,10 +15,21 @@ MAX_TEXT = 20_000  # characters
 MAX_EDITS = 16
 MAX_NEW_TOKENS = 256
 MAX_STRENGTH = 1e6
+MAX_STRENGTHS = 12  # of a sweep
+MAX_SAMPLES = 8  # of a sweep, at each strength
 MAX_POSITIONS = 4096
 MAX_POSITION = 2**20
 
+LIMITS = {  # as the page is told them
+    "text": MAX_TEXT,
+    "edits": MAX_EDITS,
+    "new_tokens": MAX_NEW_TOKENS,
+    "strengths": MAX_STRENGTHS,
+    "samples": MAX_SAMPLES,
+}
+
 Position = Annotated[int, Field(ge=0, le=MAX_POSITION)]
+Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 
 
 class _Question(BaseModel):
@@ -26,9 +37,11 @@ class _Question(BaseModel):
 
 
 class EditQuestion(_Question):
+    """One feature of the catalog, and what is done with it."""
+
     feature: int
     kind: Kind = "add"
-    strength: float = Field(default=0.0, ge=-MAX_STRENGTH, le=MAX_STRENGTH)
+    strength: Strength = 0.0
     unit: Unit = "raw"
 
     def edit(self, catalog: Catalog) -> Edit:
@@ -38,6 +51,8 @@ class EditQuestion(_Question):
 
 
 class SteerQuestion(_Question):
+    """A prompt to continue, plainly and under edits."""
+
     prompt: str = Field(min_length=1, max_length=MAX_TEXT)
     edits: list[EditQuestion] = Field(max_length=MAX_EDITS)
     max_new_tokens: int = Field(default=20, ge=1, le=MAX_NEW_TOKENS)
@@ -49,7 +64,23 @@ class SteerQuestion(_Question):
     ) = "all"
 
 
+class StreamQuestion(SteerQuestion):
+    """The same, told while it comes; control: beside it the edits along random directions of the same norms."""
+
+    control: bool = False
+
+
+class SweepQuestion(SteerQuestion):
+    """The first edit at several strengths; the others stay as they are."""
+
+    edits: list[EditQuestion] = Field(min_length=1, max_length=MAX_EDITS)
+    strengths: list[Strength] = Field(min_length=1, max_length=MAX_STRENGTHS)
+    samples: int = Field(default=2, ge=1, le=MAX_SAMPLES)
+
+
 class ActivationsQuestion(_Question):
+    """A text whose firing features are asked for."""
+
     text: str = Field(min_length=1, max_length=MAX_TEXT)
 
 

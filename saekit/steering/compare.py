@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from saekit.steering.positions import Positions
 from saekit.steering.steer import steer
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
     from transformer_lens.model_bridge import TransformerBridge
 
 TOP = 10
@@ -52,10 +54,35 @@ class Comparison:
         losses = [-odds.plain for odds in self.steered_odds]
         return float(torch.tensor(losses).mean().exp()) if losses else 1.0
 
+    def _repr_html_(self) -> str:
+        from saekit.display.comparison import comparison_html
+
+        return comparison_html(self)
+
+    def __rich__(self) -> RenderableType:
+        from saekit.display.comparison import comparison_text
+
+        return comparison_text(self)
+
+    def _repr_pretty_(self, p: Any, cycle: bool) -> None:
+        """IPython's: coloured in a terminal, as `print` has it elsewhere."""
+        from saekit.display.terminal import pretty
+
+        pretty(self, p)
+
+    def figure(self) -> Figure:
+        """A matplotlib figure: the probabilities that moved, and the log-probability of every token of both texts."""
+        from saekit.steering.figures import comparison_figure
+
+        return comparison_figure(self)
+
     def __str__(self) -> str:
+        """Plain text, whose control characters and bidi overrides are escapes."""
+        from saekit.lens.tokens import visible
+
         moved = "\n".join(f"  {token!r:<16} {a:7.2%} → {b:7.2%}" for token, a, b in self.top_tokens)
         edits = "; ".join(str(edit) for edit in self.edits)
-        return (
+        return visible(
             f"plain    {self.plain!r}\nsteered  {self.steered!r}\n  {edits}, KL {self.kl:.2f} nats\n{moved}"
         )
 

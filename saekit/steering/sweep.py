@@ -32,11 +32,17 @@ from saekit.steering.steer import steer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import RenderableType
     from transformer_lens.model_bridge import TransformerBridge
 
 Make = Callable[[float], Edit]  # strength → edit, e.g. `feature.add`
 TOLERATED = 2.0  # times the plain perplexity, up to which a text still counts as fluent
 AT_ONCE = 64  # rows of a batch
+EFFECTS = {
+    "keywords": "texts with a keyword",
+    "reactivation": "feature when read again",
+    "kl": "KL, nats",
+}  # what an effect is measured by, the first that is known
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,13 @@ class SteeringSweep:
     def __getitem__(self, index: int) -> SweepRow:
         return self.rows[index]
 
+    @property
+    def effect(self) -> str:
+        """The figure that the effect of a strength is told by: the first of `keywords`, `reactivation`, `kl` that is known."""
+        return next(
+            name for name in EFFECTS if all(getattr(row.steered, name) is not None for row in self.rows)
+        )
+
     def knee(self, place: str | None = None) -> SweepRow | None:
         """The strongest row whose text is still fluent and whose effect no random direction has.
 
@@ -99,9 +112,9 @@ class SteeringSweep:
             if row.strength != 0
             and place in (None, row.place)
             and row.steered.perplexity <= TOLERATED * self.plain.perplexity
-            and _effect(row.steered) > _effect(row.control_most)
+            and getattr(row.steered, self.effect) > getattr(row.control_most, self.effect)
         ]
-        return max(fit, key=lambda row: (abs(row.strength), _effect(row.steered)), default=None)
+        return max(fit, key=lambda row: (abs(row.strength), getattr(row.steered, self.effect)), default=None)
 
     def records(self) -> list[dict[str, Any]]:
         """A flat dictionary a row, for a data frame: the control's figures begin with `control_`."""
@@ -125,6 +138,22 @@ class SteeringSweep:
 
         return sweep_figure(self)
 
+    def _repr_html_(self) -> str:
+        from saekit.display.sweep import sweep_html
+
+        return sweep_html(self)
+
+    def __rich__(self) -> RenderableType:
+        from saekit.display.sweep import sweep_text
+
+        return sweep_text(self)
+
+    def _repr_pretty_(self, p: Any, cycle: bool) -> None:
+        """IPython's: coloured in a terminal, as `print` has it elsewhere."""
+        from saekit.display.terminal import pretty
+
+        pretty(self, p)
+
     def wandb_table(self) -> Any:
         """The rows as a `wandb.Table`, to be logged."""
         import wandb
@@ -134,16 +163,23 @@ class SteeringSweep:
         return wandb.Table(columns=columns, data=[[record[name] for name in columns] for record in records])
 
     def __str__(self) -> str:
-        def row(place: str, strength: str, f: Figures, control: str) -> str:
-            effect = _effect(f)
-            return f"{place:<28} {strength:>8}  {effect:8.3f}  {f.perplexity:10.1f}  {f.kl:7.2f}  {f.repetition:6.2f}  {control}"
+        """Plain text, whose control characters and bidi overrides are escapes."""
+        from saekit.lens.tokens import visible
 
+        name = self.effect
+
+        def row(place: str, strength: str, f: Figures, control: str) -> str:
+            value = getattr(f, name)
+            effect = "" if value is None else f"{value:.3f}"
+            return f"{place:<28} {strength:>8}  {effect:>8}  {f.perplexity:10.1f}  {f.kl:7.2f}  {f.repetition:6.2f}  {control}"
+
+        short = {"keywords": "keywords", "reactivation": "again", "kl": "KL"}[name]
         lines = [
-            f"{'place':<28} {'strength':>8}  {_effect_name(self.plain):>8}  {'perplexity':>10}  {'KL':>7}  {'rep-3':>6}  random"
+            f"{'place':<28} {'strength':>8}  {short:>8}  {'perplexity':>10}  {'KL':>7}  {'rep-3':>6}  random"
         ]
         lines.append(row("plain", "", self.plain, ""))
         for r in self.rows:
-            least, most = _effect(r.control_least), _effect(r.control_most)
+            least, most = getattr(r.control_least, name), getattr(r.control_most, name)
             lines.append(
                 row(
                     r.place,
@@ -152,24 +188,15 @@ class SteeringSweep:
                     f"{least:.3f} … {most:.3f}, perplexity {r.control.perplexity:.0f}",
                 )
             )
+        return visible("\n".join([*lines, self.suggestion]))
+
+    @property
+    def suggestion(self) -> str:
+        """The knee in words."""
         best = self.knee()
-        lines.append(
-            f"suggested: {best.strength:g} at {best.place}"
-            if best
-            else "no strength is both fluent and beyond the controls"
-        )
-        return "\n".join(lines)
-
-
-def _effect(figures: Figures) -> float:
-    known = (figures.keywords, figures.reactivation, figures.kl)
-    return next(value for value in known if value is not None)
-
-
-def _effect_name(figures: Figures) -> str:
-    return (
-        "keywords" if figures.keywords is not None else "again" if figures.reactivation is not None else "KL"
-    )
+        if best is None:
+            return "no strength is both fluent and beyond the controls"
+        return f"suggested: {best.strength:g} at {best.place}"
 
 
 def sweep(

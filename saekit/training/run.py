@@ -5,9 +5,10 @@
                        step-<n>/      exact state, the newest few
                        final/         the SAE, SAELens layout, with metrics.json, its held-out evaluation, and
                                       density.png, how often its latents fire
+                       report.html    what became of it, to read and to send; the same as a picture: report.png
 
 A recipe with a list of SAEs (a sweep) trains them all on one stream, one forward of the language model for all; each has
-its rows and its final SAE in a folder of its own, `checkpoints/<name>/<sae>/`, while a checkpoint holds them all, and
+its rows, its final SAE and its report in a folder of its own, `checkpoints/<name>/<sae>/`, while a checkpoint holds them all, and
 `pareto.png` compares them.
 
 Under torchrun several processes do this together (`training.parallel`); one process imports nothing for it.
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from saekit.activations import Activations, Share, StreamPosition
-from saekit.errors import Interrupted, InvalidInput, UnknownName, near
+from saekit.errors import Interrupted, InvalidInput, UnknownName, first_line, near
 from saekit.evaluation import Evaluation, pareto_of_sweep
 from saekit.files import existing, read_json
 from saekit.lm import fast_dtype, load_model, special_ids
@@ -65,6 +66,7 @@ FREE_ON_RESUME = (
     "training.evaluate_tokens",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "report",
     "wandb",
     "parallel",
 )
@@ -109,7 +111,12 @@ class Reporter(Protocol):
     """Where a run tells of itself."""
 
     def line(self, text: str) -> None: ...
-    def progress(self, step: int, steps: int, figures: dict[str, float]) -> None: ...
+
+    def progress(self, step: int, steps: int, figures: dict[str, float]) -> None:
+        """At every row. figures: saes, tokens (seen), tokens_in_all and tokens_per_second of the run; loss, l0,
+        explained_variance, dead and the other figures of a step; and once there was an evaluation held_out_step,
+        held_out_explained_variance and held_out_ce_recovered. In a sweep what is an SAE's is told as `<name>/<figure>`.
+        """
 
 
 class _Silent:
@@ -233,6 +240,7 @@ class _Session:
             tell=reporter.line,
         )
         self.wandb_ids = {key: own["wandb_id"] for key, own in state.get("saes", {}).items()}
+        self.evaluated: dict[str, float] = {}  # what is told of the last evaluation
 
     def _restore(self) -> dict[str, Any]:
         """Put the trainers where the newest checkpoint left them → its state; empty where there is none."""
@@ -264,6 +272,9 @@ class _Session:
     def _track_all(self, stack: contextlib.ExitStack) -> None:
         for trainee in self.trainees:
             self._track(trainee, stack)
+        places = [place for trainee in self.trainees[:3] for place in trainee.tracker.places]
+        more = ["…"] if len(self.trainees) > 3 else []
+        self.reporter.line(f"logged to {', '.join([*places, *more])}")
 
     def _track(self, trainee: Trainee, stack: contextlib.ExitStack) -> None:
         """Open a trainee's rows until the stack unwinds, by an exception or at the end."""
@@ -293,8 +304,7 @@ class _Session:
                 logs = step % config.log_every == 0 or step == config.steps
                 if logs:
                     figures = [trainee.log(out) for trainee, out in zip(self.trainees, outs, strict=True)]
-                    rate = clock.rate(self.trainees[0].trainer.tokens_seen)
-                    self.reporter.progress(step, config.steps, _told(figures, rate))
+                    self.reporter.progress(step, config.steps, self._told(figures, clock))
                 if config.evaluate_every and step % config.evaluate_every == 0 and step < config.steps:
                     self._evaluate()
                 stopping = self._agreed(stop, logs)
@@ -320,9 +330,28 @@ class _Session:
             while self.step < self.recipe.training.steps:
                 yield exchanged(next(shares), self.ranks.latents)
 
+    def _told(self, figures: list[dict[str, float]], clock: _Clock) -> dict[str, float]:
+        """What a reporter is told (`Reporter.progress`). figures: of each SAE."""
+        config, seen = self.recipe.training, self.trainees[0].trainer.tokens_seen
+        told: dict[str, float] = {
+            "saes": len(figures),
+            "tokens": seen,
+            "tokens_in_all": config.steps * config.batch_size,
+            "tokens_per_second": clock.rate(seen),
+        }
+        for trainee, own in zip(self.trainees, figures, strict=True):
+            told |= {_key(trainee, name): value for name, value in own.items()}
+        return told | self.evaluated
+
     def _evaluate(self) -> list[Evaluation]:
         tokens = self.recipe.training.evaluate_tokens
-        return [trainee.evaluate(self.model, self.held_out, tokens) for trainee in self.trainees]
+        found = [trainee.evaluate(self.model, self.held_out, tokens) for trainee in self.trainees]
+        self.evaluated = {"held_out_step": self.step}
+        for trainee, evaluation in zip(self.trainees, found, strict=True):
+            for name in ("explained_variance", "ce_recovered"):
+                if name in evaluation.figures:
+                    self.evaluated[_key(trainee, f"held_out_{name}")] = evaluation.figures[name]
+        return found
 
     def _checkpoint(self) -> None:
         for trainee in self.trainees if self.ranks.is_first else ():
@@ -343,7 +372,11 @@ class _Session:
         )
 
     def _finish(self) -> Run | Sweep:
-        """Evaluate, write every `final`, and only then the last checkpoint, which is what makes a run finished."""
+        """Evaluate, write every `final`, and only then the last checkpoint, which is what makes a run finished.
+
+        What comes after it, reports and W&B, is about a run that is whole.
+        """
+        self.reporter.line(f"evaluating on up to {self.recipe.training.evaluate_tokens:,} held-out tokens")
         found = self._evaluate()
         for trainee, evaluation in zip(self.trainees, found, strict=True):
             trainee.finish(evaluation)
@@ -351,6 +384,8 @@ class _Session:
         if self.recipe.is_sweep:
             self.ranks.first(lambda: pictures.append(pareto_of_sweep(self.path)))
         self._checkpoint()
+        if self.recipe.report:
+            self._report(found)
         if not self.ranks.alone:
             self.ranks.first(lambda: self._publish(found, pictures))
             return _finished(self.path, self.recipe)
@@ -360,6 +395,19 @@ class _Session:
             for trainee, evaluation in zip(self.trainees, found, strict=True)
         ]
         return Sweep(self.path, tuple(runs)) if self.recipe.is_sweep else runs[0]
+
+    def _report(self, found: list[Evaluation]) -> None:
+        """Write the report of each SAE. The run is finished by now, so what goes wrong here is told and ends nothing."""
+        for trainee, evaluation in zip(self.trainees, found, strict=True):
+            try:
+                path = trainee.report(self.recipe, self.model, self.held_out, evaluation)
+            except (
+                Exception
+            ) as error:  # of a picture, of a full disk, of a model that is odd: of a dozen kinds
+                self.reporter.line(f"no report in {trainee.folder} ({first_line(error)}); the run is whole")
+            else:
+                if path is not None:
+                    self.reporter.line(f"report: {path}")
 
     def _publish(self, found: list[Evaluation], pictures: list[Path]) -> None:
         for trainee, evaluation in zip(self.trainees, found, strict=True):
@@ -376,18 +424,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _told(figures: list[dict[str, float]], rate: float) -> dict[str, float]:
-    """What a reporter is told: one SAE's figures, or how many there are and how far they reach."""
-    if len(figures) == 1:
-        return figures[0] | {"tokens_per_second": rate}
-    ev = [own["explained_variance"] for own in figures]
-    return {
-        "saes": len(figures),
-        "explained_variance_low": min(ev),
-        "explained_variance_high": max(ev),
-        "dead": max(own["dead"] for own in figures),
-        "tokens_per_second": rate,
-    }
+def _key(trainee: Trainee, figure: str) -> str:
+    """Of a figure that a reporter is told: of the one SAE by its name, of one in a list with that before it."""
+    return f"{trainee.member.name}/{figure}" if trainee.member.name else figure
 
 
 class _Clock:

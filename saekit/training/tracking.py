@@ -1,7 +1,8 @@
 """Every logged row goes to `metrics.jsonl`, always; Weights & Biases shows the same rows when it is on.
 
 W&B is a view of a run, never its record. It gets the resolved recipe (an allow-list by construction: nothing
-from the environment is in it), the rows, and the final SAE as an artifact of type `model`.
+from the environment is in it), the rows, the pictures and the report of the end, and the final SAE as an artifact of type
+`model`.
 """
 
 from __future__ import annotations
@@ -84,12 +85,21 @@ class Tracker:
         """Make the rows as durable as the checkpoint just written."""
         fsync(self._path)
 
-    def show(self, name: str, picture: Path) -> None:
-        """Put a picture into the W&B run's summary; its history stays that of the rows."""
+    @property
+    def places(self) -> list[str]:
+        """Where the rows go, as people are told."""
+        if not self._wandb:
+            return [str(self._path)]
+        return [str(self._path), f"W&B {'offline' if self._wandb.offline else self._wandb.url}"]
+
+    def show(self, name: str, file: Path) -> None:
+        """Put a picture or a page into the W&B run's summary; its history stays that of the rows."""
         if self._wandb:
             import wandb
 
-            self._wandb.summary[name] = wandb.Image(str(picture))
+            html = file.suffix == ".html"
+            media = wandb.Html(file, inject=False) if html else wandb.Image(str(file))
+            self._wandb.summary[name] = media
 
     def publish(self, folder: Path, name: str, metadata: Mapping[str, Any]) -> None:
         """Send a folder as an artifact of type `model`."""

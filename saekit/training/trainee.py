@@ -23,11 +23,13 @@ from saekit.evaluation.density import density_figure
 from saekit.evaluation.front import save_figure
 from saekit.files import staged, write_json
 from saekit.members import Member
+from saekit.recipe import Recipe
 from saekit.sae import SAE
 from saekit.sae.files import save as save_sae
 from saekit.sae.ranks import ALONE, Elsewhere, Part, Ranks
 from saekit.tokens import Tokens
 from saekit.training.parallel import shard, whole
+from saekit.training.report import HTML, PNG, write_report
 from saekit.training.tracking import SAMPLES, Tracker, WandbConfig
 from saekit.training.trainer import StepOutput, Trainer
 
@@ -170,9 +172,21 @@ class Trainee:
                 building / DENSITY,
             )
 
+    def report(
+        self, recipe: Recipe, model: TransformerBridge, held_out: Tokens, evaluation: Evaluation
+    ) -> Path | None:
+        """Write the report of what it has become. Returns its page's path; in the other processes None."""
+        sae = whole(self.trainer.sae, self.ranks)
+        if sae is None or not self.ranks.is_first:
+            return None
+        return write_report(self.folder, recipe, self.member, model, sae, held_out, evaluation)
+
     def publish(self, title: str, metrics: Mapping[str, float], comparison: Path | None) -> None:
-        """Show `final`, and a picture that compares it with the others of a sweep, in W&B."""
+        """Show `final`, the report, and a picture that compares it with the others of a sweep, in W&B."""
         self.tracker.show("feature_density", self.folder / FINAL / DENSITY)
+        for name in (HTML, PNG):
+            if (self.folder / name).exists():
+                self.tracker.show(name.replace(".", "_"), self.folder / name)
         if comparison is not None:
             self.tracker.show("pareto", comparison)
         self.tracker.publish(self.folder / FINAL, title, metrics)

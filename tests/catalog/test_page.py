@@ -1,42 +1,31 @@
-"""The static page: its files, what hostile text does to them, and what a browser shows."""
+"""The static page: its files, whole or in one, and what hostile text does to them."""
 
 from __future__ import annotations
 
-import html
+import base64
+import hashlib
 import json
 import re
 import shutil
-import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from catalog.hostile import HOSTILE, hostile_copy
 
 import saekit
 from saekit.catalog import Catalog
+from saekit.catalog.explain import note
 from saekit.catalog.page import ASSETS, assets
 from saekit.catalog.page_data import SHARD, PageData
-from saekit.catalog.tables import write_table
-from saekit.errors import InvalidInput, UnknownName
+from saekit.cli import main
+from saekit.errors import InvalidInput, UnknownFeature, UnknownName
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-CHROMIUM = shutil.which("chromium")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to open the page with")
-
-HOSTILE = [
-    "</script><script>document.title='owned'</script>",
-    "<img src=x onerror=\"document.title='owned'\">",
-    "javascript:alert(1)",
-    "\u202eright to left\u2066",
-    "line\u2028and paragraph\u2029",
-    "\x1b[31mred\x1b[0m\x00",
-    "&lt;b&gt;",
-    "zero\u200bwidth\ufeff",
-    "שלום 😀",
-]
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +45,13 @@ def page(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hostile(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Catalog:
     """The catalog with a vocabulary, labels and explanations that try to leave their place."""
-    folder = tmp_path_factory.mktemp("hostile") / "catalog"
-    shutil.copytree(catalog.path, folder)
-    n = catalog.table("vocabulary").num_rows
-    tokens = [f"{HOSTILE[i % len(HOSTILE)]}{i}" for i in range(n)]
-    write_table(folder, "vocabulary", {"token_id": np.arange(n), "token": tokens})
-    features = catalog.table("features").to_pydict()
-    features["label"] = [HOSTILE[i % len(HOSTILE)] for i in range(len(catalog))]
-    write_table(folder, "features", features)
-    n = len(catalog)
-    said = {"feature": np.arange(n), "method": ["<b>judge</b>"] * n, "model": [""] * n, "prompt": [""] * n}
-    write_table(folder, "explanations", {**said, "text": features["label"]})
-    return Catalog.open(folder)
+    return hostile_copy(catalog, tmp_path_factory.mktemp("hostile") / "catalog")
+
+
+@pytest.fixture(autouse=True)
+def no_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laying out takes seconds and is tested for itself; the page of the fixture above has a real one."""
+    monkeypatch.setattr("saekit.catalog.layout.layout_of", lambda catalog: ([0] * len(catalog),) * 2)
 
 
 def value(script: str) -> Any:
@@ -77,66 +61,29 @@ def value(script: str) -> Any:
     return json.loads(found[1])
 
 
-def dom(page: Path, address: str = "") -> str:
-    """The document as chromium shows it after its scripts have run."""
-    profile = page.parent / "profile"
-    quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-    command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", *quiet.split(), "--disable-sync", f"--user-data-dir={profile}",
-        "--window-size=1200,800", "--virtual-time-budget=5000", "--dump-dom", f"file://{page}/index.html{address}",
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+def test_columns_of_the_list(catalog: Catalog) -> None:
+    features = value(PageData(catalog).script("features"))
+    assert features["label"] == [feature.explanation or "" for feature in catalog]
+    assert features["density"] == pytest.approx(catalog.density.tolist(), rel=5e-3)
+    assert features["max"] == pytest.approx(catalog.max_activation.tolist(), rel=5e-3)
+    scores = [feature.score for feature in catalog]
+    assert [x is None for x in features["score"]] == [x is None for x in scores]
+    told = [(x, y) for x, y in zip(features["score"], scores, strict=True) if y is not None]
+    assert [x for x, _ in told] == pytest.approx([y for _, y in told], abs=5e-3)
 
 
-def text_of(markup: str) -> str:
-    return html.unescape(re.sub(r"<[^>]*>", "", markup))
-
-
-def listed(markup: str) -> list[int]:
-    """The features whose rows are in the document, from the top."""
-    rows = markup[markup.index('id="rows"') : markup.index('id="view"')]
-    return [int(n) for n in re.findall(r'href="#(\d+)"', rows)]
-
-
-def test_records_are_the_catalogs(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    around = 6  # less than the lines of this catalog
-    monkeypatch.setattr("saekit.catalog.page_data.AROUND", around)
+def test_every_shard_holds_its_features(catalog: Catalog) -> None:
     data = PageData(catalog)
-    features = value(data.script("features"))
-    assert features["density"] == pytest.approx(catalog.density.tolist(), rel=1e-2)
-    assert features["max"] == pytest.approx(catalog.max_activation.tolist(), rel=1e-2)
-    for index in (0, SHARD - 1, SHARD, len(catalog) - 1):
-        shard = value(data.script(f"shard-{index // SHARD}"))
-        record, feature = shard["features"][index % SHARD], catalog[index]
-        contexts = [[shard["tokens"][i] for i in context["tokens"]] for context in record["contexts"]]
-        assert contexts == [context.tokens for context in feature.contexts]
-        for written, context in zip(record["contexts"], feature.contexts, strict=True):
-            firings = dict(zip(written["firings"][::2], written["firings"][1::2], strict=True))
-            assert [firings.get(i, 0) for i in range(len(context.tokens))] == pytest.approx(
-                context.activations, rel=1e-2
-            )
-            assert written["peak"] == context.peak
-        assert [row[0] for row in record["tokens"]] == [t.token for t in feature.top_tokens]
-        assert [row[0] for row in record["raised"]] == [t.token for t in feature.logits_top]
-        assert [row[0] for row in record["neighbours"]] == [n.feature for n in feature.neighbours]
-        assert [row[0] for row in record["coactive"]] == [n.feature for n in feature.coactive]
-        for written, band in zip(record["bands"], feature.bands, strict=True):
-            assert written[:3] == pytest.approx([band.low, band.high, band.share], rel=1e-2)
-            for shown, context in zip(written[3], band.contexts, strict=True):
-                assert len(shown["tokens"]) == min(around, len(context.tokens))
-                at = context.peak - shown["peak"]
-                tokens = [shard["tokens"][i] for i in shown["tokens"]]
-                assert tokens == context.tokens[at : at + around]
-                firings = dict(zip(shown["firings"][::2], shown["firings"][1::2], strict=True))
-                assert firings[shown["peak"]] == pytest.approx(context.max_activation, rel=1e-2)
-                assert sorted(firings) == [
-                    i for i, a in enumerate(context.activations[at : at + around]) if a
-                ]
-        assert sum(row[2] for row in record["histogram"]) == sum(b.count for b in feature.histogram)
+    shards = [value(data.script(name)) for name in data.names() if name.startswith("shard-")]
+    assert [len(shard["features"]) for shard in shards] == [SHARD] * 9 + [6]
+    records = [record for shard in shards for record in shard["features"]]
+    assert [[row[0] for row in record["neighbours"]] for record in records] == [
+        [near.feature for near in feature.neighbours] for feature in catalog
+    ]
 
 
 @pytest.mark.parametrize(
-    "name", ["", "shard-2", "shard--1", "shard-01", "../../catalog", "overview.js", "search\0"]
+    "name", ["", "shard-10", "shard--1", "shard-01", "shard-1\n", "../../catalog", "overview.js", "search\0"]
 )
 def test_unknown_data_files(catalog: Catalog, name: str) -> None:
     with pytest.raises(UnknownName):
@@ -147,6 +94,12 @@ def test_the_page_is_whole_and_names_no_place(catalog: Catalog, page: Path) -> N
     written = {path.name for path in page.iterdir()}
     assert written == {asset.name for asset in assets()} | {"data"}
     assert {path.stem for path in (page / "data").iterdir()} == set(PageData(catalog).names())
+    places = value((page / "data" / "map.js").read_text())
+    assert (
+        [x is None for x in places["x"]]
+        == [y is None for y in places["y"]]
+        == (catalog.density == 0).tolist()
+    )
     for path in page.rglob("*.js"):
         assert str(catalog.path.parent) not in path.read_text("utf-8")
 
@@ -159,7 +112,9 @@ def test_nothing_inline_nothing_from_elsewhere_nothing_as_markup() -> None:
     assert "unsafe" not in policy[1]
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?! src=)", index)
     for asset in assets():
-        text = asset.read_text("utf-8")
+        text = asset.read_text("utf-8").replace('"http://www.w3.org/2000/svg"', "")  # a name, not an address
+        if asset.suffix != ".html":  # nothing that would end it where it stands inside of a single file
+            assert not re.search(r"</(script|style)|<!--", text, re.IGNORECASE), asset.name
         assert not re.search(r"https?:|//\w+\.", text), f"{asset.name} asks another host"
         assert not re.search(
             r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(|new Function", text
@@ -181,8 +136,10 @@ def test_an_earlier_page_is_replaced_and_nothing_else(catalog: Catalog, tmp_path
     site = tmp_path / "site"
     assert catalog.page(site) == site
     (site / "data" / "shard-99.js").write_text("old")
+    (site / "about.js").write_text("of an earlier version")
     catalog.page(str(site))
     assert not (site / "data" / "shard-99.js").exists()
+    assert not (site / "about.js").exists()
     (site / "CNAME").write_text("example.org")
     with pytest.raises(InvalidInput, match="CNAME"):
         catalog.page(site)
@@ -194,8 +151,9 @@ def test_an_earlier_page_is_replaced_and_nothing_else(catalog: Catalog, tmp_path
     (other / "index.html").write_text("<p>somebody's own page")
     with pytest.raises(InvalidInput, match="other files"):
         catalog.page(other)
+    (tmp_path / "plain").write_text("mine")
     with pytest.raises(InvalidInput, match="is a file"):
-        catalog.page(other / "index.html")
+        catalog.page(tmp_path / "plain")
 
 
 def test_a_page_that_fails_leaves_no_trace(
@@ -215,52 +173,174 @@ def test_a_page_that_fails_leaves_no_trace(
     assert (tmp_path / "site" / "data" / "features.js").read_bytes() == before
 
 
-@needs_chromium
-def test_a_feature_opened_from_disk(catalog: Catalog, page: Path) -> None:
-    feature = max(catalog, key=lambda feature: feature.density)
-    shown = dom(page, f"#{feature.index}")
-    text = text_of(shown)
-    assert f"<title>#{feature.index} " in shown
-    assert 'aria-current="true"' in shown
-    context = feature.contexts[0]
-    assert "".join(context.tokens).strip() in text
-    assert f'data-activation="{context.max_activation:#.3g}"' in shown
-    assert f'saekit.Catalog.open("catalog")[{feature.index}]' in text
-    assert f"saekit steer catalog {feature.index} " in text
-    for near in feature.neighbours[:3]:
-        assert f'href="#{near.feature}"' in shown
-    assert "Try it" not in text  # no server, no steering
-    assert "There is no feature 9999" in text_of(dom(page, "#9999"))
+# Live
 
 
-@needs_chromium
-def test_search_in_the_page_is_search_in_the_catalog(catalog: Catalog, page: Path) -> None:
-    hits = [feature.index for feature in catalog.search("harbour", limit=len(catalog))]
-    shown = dom(page, "#q=harbour")
-    assert listed(shown)[:3] == hits[:3]
-    assert set(listed(shown)) <= set(hits)
-    assert f"{len(hits)} of {len(catalog)}" in text_of(shown)
-    assert listed(dom(page, "#q=71"))[0] == 71
-    assert "No feature fits." in dom(page, "#q=<xyzzy>")
+def test_what_every_visit_asks_for_is_made_once_and_again_when_somebody_has_written(
+    catalog: Catalog, tmp_path: Path
+) -> None:
+    folder = tmp_path / "catalog"
+    shutil.copytree(catalog.path, folder)
+    own = Catalog.open(folder)
+    data = PageData(own, live={"text": 9})
+    lay = Mock(wraps=data._makers["map"])
+    data._makers["map"] = lay
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(data.script, ["map"] * 8))) == 1
+    before = data.script("features"), data.script("map"), data.script("shard-0")
+    assert data.script("features") is before[0]
+    note(own, 3, "a word from a person", author="somebody")
+    label = value(data.script("features"))["label"]
+    assert label[3] == "a word from a person"
+    said = value(data.script("shard-0"))["features"][3]["explanations"]
+    assert ["note", "a word from a person"] in [row[:2] for row in said]
+    assert data.script("map") is before[1]
+    assert lay.call_count == 1
 
 
-@needs_chromium
-def test_hostile_text_shows_literally(hostile: Catalog, tmp_path: Path) -> None:
-    page = hostile.page(tmp_path / "site")
-    feature = max(hostile, key=lambda feature: len(feature.contexts))
-    shown = dom(page, f"#{feature.index}")
-    text = text_of(shown.split("<body", 1)[1])
-    assert "<title>owned" not in shown
-    assert shown.count("<script") == sum(asset.suffix == ".js" for asset in assets())
-    assert "<img" not in shown
-    for literal in (
-        "</script><script>",
-        "\\u202eright to left",
-        "\\u2028and",
-        "\\x1b[31mred",
-        "zero\\u200bwidth",
-        "&lt;b&gt;",
+# One file
+
+
+@pytest.fixture
+def chosen(catalog: Catalog) -> list[int]:
+    """Some features that fire, not in order."""
+    return np.argsort(-catalog.density)[[3, 0, 5]].tolist()
+
+
+def inline(page: Path) -> tuple[list[str], list[str]]:
+    """(scripts, styles) in a file."""
+    text = page.read_text("utf-8")
+    return re.findall(r"<script>(.*?)</script>", text, re.DOTALL), re.findall(
+        r"<style>(.*?)</style>", text, re.DOTALL
+    )
+
+
+def test_a_file_holds_the_chosen_features(catalog: Catalog, chosen: list[int], tmp_path: Path) -> None:
+    file = catalog.page(tmp_path / "few.html", features=[*chosen, chosen[0]])
+    assert file == tmp_path / "few.html"
+    assert [path.name for path in tmp_path.iterdir()] == ["few.html"]
+    scripts, _ = inline(file)
+    data = {m[1]: value(s) for s in scripts if (m := re.match(r'receive\("([\w-]+)", ', s))}
+    assert set(data) == {"overview", "features", "search", *(f"shard-{i}" for i in chosen)}
+    overview, features = data["overview"], data["features"]
+    assert (overview["only"], overview["shard"]) == (chosen, 1)
+    assert (overview["map"], overview["prompts"], overview["examples"]) == (False, 0, chosen)
+    whole = PageData(catalog)
+    columns = value(whole.script("features"))
+    shown = {
+        near
+        for i in chosen
+        for n in (catalog[i].neighbours, catalog[i].coactive)
+        for near in (x.feature for x in n)
+    }
+    for name, column in features.items():
+        assert column == {str(i): columns[name][i] for i in sorted({*chosen, *shown})}
+    for i in chosen:
+        there = value(whole.script(f"shard-{i // SHARD}"))["features"][i % SHARD]
+        here = data[f"shard-{i}"]["features"][0]
+        assert {k: v for k, v in here.items() if k not in ("contexts", "bands")} == {
+            k: v for k, v in there.items() if k not in ("contexts", "bands")
+        }
+        assert len(here["contexts"]) == len(there["contexts"]) > 0
+    hits = {
+        feature for _, fires, raised in data["search"]["words"] for feature in (*fires[::2], *raised[::2])
+    }
+    assert hits == set(chosen)
+
+
+def test_a_file_runs_only_what_it_came_with(hostile: Catalog, tmp_path: Path) -> None:
+    file = hostile.page(tmp_path / "few.html", features=range(12))
+    scripts, styles = inline(file)
+    text = file.read_text("utf-8")
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert policy
+    parts = dict(part.strip().split(" ", 1) for part in policy[1].split(";"))
+    for name, found in (("script-src", scripts), ("style-src", styles)):
+        hashes = [base64.b64encode(hashlib.sha256(x.encode()).digest()).decode() for x in found]
+        assert parts[name].split() == [f"'sha256-{x}'" for x in hashes]
+    assert parts["default-src"] == "'none'"
+    assert "unsafe" not in policy[1]
+    assert text.count("<script") == text.count("</script>") == len(scripts)
+    assert not re.search(r"<script[^>]*src|<link|\sstyle=|\son\w+=\"", text.split("<style>")[0])
+    assert scripts[-1] == (ASSETS / "page.js").read_text("utf-8")
+
+
+def test_a_file_takes_a_few_features_and_nothing_else(catalog: Catalog, tmp_path: Path) -> None:
+    file = tmp_path / "few.html"
+    for wrong, message in (
+        ({}, "name them"),
+        ({"features": []}, "name them"),
+        ({"features": [1], "prompts": ["x"]}, "prompts"),
     ):
-        assert literal in text, literal
-    for character in "\u202e\u2066\u2028\x1b\x00\u200b":
-        assert character not in shown
+        with pytest.raises(InvalidInput, match=message):
+            catalog.page(file, **wrong)
+    with pytest.raises(UnknownFeature):
+        catalog.page(file, features=[len(catalog)])
+    with pytest.raises(InvalidInput, match="for a single file"):
+        catalog.page(tmp_path / "site", features=[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saekit.catalog.page.IN_A_FILE", 3)
+        with pytest.raises(InvalidInput, match="4 features; a single file takes 3"):
+            catalog.page(file, features=range(4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_replaces_only_its_like(
+    catalog: Catalog, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = catalog.page(tmp_path / "few.html", features=[1])
+    catalog.page(file, features=[2])
+    before = file.read_bytes()
+    for other in ("mine.html", "index.html"):  # somebody's own, and the first file of a folder's page
+        (tmp_path / other).write_bytes(
+            (page / "index.html").read_bytes() if other == "index.html" else b"<p>mine"
+        )
+        with pytest.raises(InvalidInput, match="something else"):
+            catalog.page(tmp_path / other, features=[1])
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(InvalidInput, match="something else"):
+        catalog.page(tmp_path / "folder.html", features=[1])
+
+    def break_down(*_: Any) -> str:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(PageData, "script", break_down)
+    with pytest.raises(OSError, match="no space"):
+        catalog.page(file, features=[3])
+    assert file.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "few.html",
+        "folder.html",
+        "index.html",
+        "mine.html",
+    ]
+
+
+# The command line
+
+
+def test_the_command_writes_a_folder_or_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["catalog", "page", "tiny", "few.html", "--features", "3900,1406"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == "few.html"
+    assert printed.err.strip() == f"{(tmp_path / 'few.html').stat().st_size / 1e6:.1f} MB"
+    assert main(["catalog", "page", "tiny", "few.html", "--features", "3900", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"page": "few.html", "bytes": (tmp_path / "few.html").stat().st_size}
+    (tmp_path / "texts.txt").write_text("first of a file\n\n  second of it  \n")
+    command = ["catalog", "page", "tiny", "site", "--prompt", "given", "--prompts", "texts.txt", "--json"]
+    monkeypatch.setattr("saekit.catalog.page.PageData.names", lambda self: ["overview", "prompts"])
+    assert main(command) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["page"] == "site/index.html"
+    assert told["bytes"] == sum(path.stat().st_size for path in Path("site").rglob("*.*"))
+    prompts = value(Path("site/data/prompts.js").read_text())
+    assert [text["text"] for text in prompts[:3]] == ["given", "first of a file", "second of it"]
+    assert value(Path("site/data/overview.js").read_text())["prompts"] == len(prompts)
+    assert main([*command[:4], "--prompts", "nowhere.txt"]) == 1
+    (tmp_path / "texts.txt").write_bytes(b"\xff\xfe")
+    assert main(command) == 1
+    assert "not a text file" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,10 @@ import torch
 
 import saekit
 from saekit.catalog import Catalog
+from saekit.catalog.page import assets
 from saekit.errors import FileMissing, InvalidInput
 from saekit.server.app import serve
+from saekit.server.questions import LIMITS
 
 if TYPE_CHECKING:
     from starlette.testclient import TestClient
@@ -23,33 +25,9 @@ if TYPE_CHECKING:
 
 pytest.importorskip("starlette", reason="the extra saekit[server] is not installed")
 
-PORT = 8321
+PORT = 8321  # as `client` has it
 HOME = f"http://127.0.0.1:{PORT}"
-
-
-@pytest.fixture(scope="module")
-def catalog(model: TransformerBridge, tmp_path_factory: pytest.TempPathFactory) -> Catalog:
-    """A random SAE over a few lines of text."""
-    sae = saekit.SAE.new("topk", d_in=256, d_sae=64, k=8, site="blocks.3.hook_resid_pre", model="tiny")
-    tokens = saekit.tokenize(
-        [f"A small boat number {i} sailed past the harbour." for i in range(12)], model, 32
-    )
-    return Catalog.build(model, sae, tokens, tmp_path_factory.mktemp("server") / "catalog")
-
-
-@pytest.fixture(scope="module")
-def client(catalog: Catalog, model: TransformerBridge) -> Iterator[TestClient]:
-    from starlette.testclient import TestClient
-
-    from saekit.server.routes import application
-
-    with TestClient(application(catalog, model, PORT), base_url=HOME) as client:
-        yield client
-
-
-def question(**changes: Any) -> dict[str, Any]:
-    edits = [{"feature": 3, "kind": "add", "strength": 2.0, "unit": "norm"}]
-    return {"prompt": "Once upon a time", "edits": edits, "max_new_tokens": 4, "seed": 1, **changes}
+Asked = Callable[..., dict[str, Any]]
 
 
 def refusal(answer: Any, status: int) -> str:
@@ -62,33 +40,48 @@ def test_the_page_knows_that_it_is_live(client: TestClient, catalog: Catalog) ->
     home = client.get("/")
     assert home.headers["content-type"].startswith("text/html")
     assert "unsafe" not in home.headers["content-security-policy"]
-    assert client.get("/page.js").status_code == 200
+    types = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+    for asset in assets():
+        found = client.get(f"/{asset.name}")
+        assert found.content == asset.read_bytes()
+        assert found.headers["content-type"].startswith(types[asset.suffix])
+    assert client.get("/favicon.ico").status_code == 204
     overview = client.get("/data/overview.js")
     assert overview.headers["content-type"].startswith("text/javascript")
-    assert '"live":true' in overview.text
+    assert overview.headers["cache-control"] == "no-store"
+    told = json.loads(overview.text.removeprefix('receive("overview", ').removesuffix(");\n"))
+    assert told["live"] is True
+    assert told["limits"] == LIMITS
     assert client.get("/data/shard-0.js").text.startswith('receive("shard-0"')
 
 
 @pytest.mark.parametrize(
-    "path", ["/data/shard-1.js", "/data/..%2foverview.js", "/..%2fpage.py", "/../page.py", "/nothing"]
+    "path",
+    [
+        "/data/shard-99.js",
+        "/data/..%2foverview.js",
+        "/..%2fpage.py",
+        "/../page.py",
+        "/nothing",
+        "/api/nothing",
+    ],
 )
 def test_what_is_not_there(client: TestClient, path: str) -> None:
     refusal(client.get(path), 404)
 
 
 def test_steering_is_compare(
-    client: TestClient, catalog: Catalog, model: TransformerBridge, no_leaked_hooks: None
+    question: Asked, client: TestClient, catalog: Catalog, model: TransformerBridge, no_leaked_hooks: None
 ) -> None:
     answer = client.post("/api/steer", json=question()).json()
     edit = catalog[3].add(2.0, unit="norm")
     side = saekit.compare(model, "Once upon a time", edit, max_new_tokens=4, seed=1)
-    assert answer == {
-        "prompt": side.prompt,
-        "plain": side.plain,
-        "steered": side.steered,
-        "kl": side.kl,
-        "top_tokens": [list(row) for row in side.top_tokens],
-    }
+    assert set(answer) == {"prompt", "plain", "steered", "kl", "top_tokens"}
+    assert [answer[key] for key in ("prompt", "plain", "steered")] == [side.prompt, side.plain, side.steered]
+    assert answer["kl"] == pytest.approx(side.kl, rel=1e-4)
+    assert [token for token, *_ in answer["top_tokens"]] == [row[0] for row in side.top_tokens]
+    for row, expected in zip(answer["top_tokens"], side.top_tokens, strict=True):
+        assert row[1:] == pytest.approx(expected[1:], rel=1e-4)
     assert side.kl > 0
     still = client.post("/api/steer", json=question(edits=[])).json()
     assert still["plain"] == still["steered"] == side.plain
@@ -117,7 +110,7 @@ def test_another_host_is_refused(client: TestClient, host: str) -> None:
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "null", "http://localhost", f"https://127.0.0.1:{PORT}"]
 )
-def test_another_origin_is_refused(client: TestClient, origin: str) -> None:
+def test_another_origin_is_refused(question: Asked, client: TestClient, origin: str) -> None:
     assert "Origin" in refusal(client.post("/api/steer", json=question(), headers={"Origin": origin}), 403)
 
 
@@ -134,41 +127,44 @@ def test_ones_own_origin_is_not(client: TestClient) -> None:
         (b"\xff\xfe", "JSON"),
         (b"[" * 10_000, "body"),
         (b"[]", "body"),
-        (json.dumps(question(prompt="")), "prompt"),
-        (json.dumps(question(prompt=7)), "prompt"),
-        (json.dumps(question(prompt="word " * 2_000)), "prompt"),
-        (json.dumps(question(prompt="word " * 10_000)), "prompt"),
-        (json.dumps(question(max_new_tokens=0)), "max_new_tokens"),
-        (json.dumps(question(max_new_tokens=10**9)), "max_new_tokens"),
-        (json.dumps(question(temperature=-1)), "temperature"),
-        (json.dumps(question(temperature=float("nan"))), "temperature"),
-        (json.dumps(question(seed=-1)), "seed"),
-        (json.dumps(question(positions="everywhere")), "positions"),
-        (json.dumps(question(positions=[-1])), "positions"),
-        (json.dumps(question(more=1)), "more"),
-        (json.dumps(question(edits=[{"feature": 3, "strength": 1e300}])), "strength"),
-        (json.dumps(question(edits=[{"feature": 3, "strength": float("inf")}])), "strength"),
-        (json.dumps(question(edits=[{"feature": "3"}])), "feature"),
-        (json.dumps(question(edits=[{"feature": 3, "kind": "explode"}])), "kind"),
-        (json.dumps(question(edits=[{"feature": 3, "kind": "clamp", "unit": "norm"}])), "unit"),
-        (json.dumps(question(edits=[{"feature": 3}] * 17)), "edits"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": 7}, "prompt"),
+        ({"prompt": "word " * 2_000}, "prompt"),
+        ({"prompt": "word " * 10_000}, "prompt"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 10**9}, "max_new_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"seed": -1}, "seed"),
+        ({"positions": "everywhere"}, "positions"),
+        ({"positions": [-1]}, "positions"),
+        ({"more": 1}, "more"),
+        ({"edits": [{"feature": 3, "strength": 1e300}]}, "strength"),
+        ({"edits": [{"feature": 3, "strength": float("inf")}]}, "strength"),
+        ({"edits": [{"feature": "3"}]}, "feature"),
+        ({"edits": [{"feature": 3, "kind": "explode"}]}, "kind"),
+        ({"edits": [{"feature": 3, "kind": "clamp", "unit": "norm"}]}, "unit"),
+        ({"edits": [{"feature": 3}] * 17}, "edits"),
     ],
 )  # fmt: skip
-def test_a_bad_question_is_named(client: TestClient, body: str | bytes, named: str) -> None:
-    answer = client.post("/api/steer", content=body, headers={"Content-Type": "application/json"})
+def test_a_bad_question_is_named(
+    question: Asked, client: TestClient, body: dict[str, Any] | bytes, named: str
+) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(question(**body))
+    answer = client.post("/api/steer", content=content, headers={"Content-Type": "application/json"})
     message = refusal(answer, 400)
     assert named in message
     assert len(message) < 2_000
 
 
 @pytest.mark.parametrize("feature", [-1, 64, 10**12])
-def test_an_unknown_feature(client: TestClient, feature: int) -> None:
+def test_an_unknown_feature(question: Asked, client: TestClient, feature: int) -> None:
     answer = client.post("/api/steer", json=question(edits=[{"feature": feature}]))
     assert f"feature {feature}" in refusal(answer, 404)
 
 
-def test_other_methods_kinds_and_sizes(client: TestClient) -> None:
-    refusal(client.get("/api/steer"), 404)
+def test_other_methods_kinds_and_sizes(question: Asked, client: TestClient) -> None:
+    refusal(client.get("/api/steer"), 405)
     as_a_form = client.post("/api/steer", content=json.dumps(question()))  # what any page's form could send
     refusal(as_a_form, 415)
     text = "x" * 100_000
@@ -177,7 +173,7 @@ def test_other_methods_kinds_and_sizes(client: TestClient) -> None:
     assert "text" in refusal(client.post("/api/activations", json={}), 400)
 
 
-def test_questions_at_once_do_not_mix(client: TestClient, no_leaked_hooks: None) -> None:
+def test_questions_at_once_do_not_mix(question: Asked, client: TestClient, no_leaked_hooks: None) -> None:
     def ask(feature: int) -> Any:
         edits = [{"feature": feature, "strength": 3.0, "unit": "norm"}]
         return client.post("/api/steer", json=question(edits=edits)).json()
@@ -189,16 +185,16 @@ def test_questions_at_once_do_not_mix(client: TestClient, no_leaked_hooks: None)
 
 
 def test_a_defect_is_json_too(
-    catalog: Catalog, model: TransformerBridge, monkeypatch: pytest.MonkeyPatch
+    question: Asked, catalog: Catalog, model: TransformerBridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from starlette.testclient import TestClient
 
-    from saekit.server import routes
+    from saekit.server import live, routes
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("the sampler broke")
 
-    monkeypatch.setattr(routes, "compare", fail)
+    monkeypatch.setattr(live, "stream_rows", fail)
     client = TestClient(
         routes.application(catalog, model, PORT), base_url=HOME, raise_server_exceptions=False
     )
@@ -213,14 +209,14 @@ def test_serve_listens_on_this_machine_only(
 ) -> None:
     import uvicorn
 
-    bound = []
+    bound = list[tuple[str, int]]()
     monkeypatch.setattr(
         uvicorn.Server, "run", lambda self, sockets: bound.extend(s.getsockname() for s in sockets)
     )
     serve(catalog, model, port=0)
     [(host, port)] = bound
     assert host == "127.0.0.1"
-    assert f"http://127.0.0.1:{port} " in capsys.readouterr().out
+    assert capsys.readouterr().out == f"http://127.0.0.1:{port}\n"
 
 
 def test_serve_says_what_is_wrong(
@@ -231,5 +227,6 @@ def test_serve_says_what_is_wrong(
     with pytest.raises(InvalidInput, match="port 70000"):
         serve(catalog, model, port=70_000)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "saekit.server.stopping", raising=False)
     with pytest.raises(FileMissing, match=r"pip install 'saekit\[server\]'"):
         serve(catalog, model)

@@ -21,7 +21,7 @@ from saekit.training.run import train
 def recipe(source: Path, **changes) -> Recipe:
     made = parse_recipe(
         {
-            "name": "run", "model": "tiny", "dtype": "float32", "site": SITE,
+            "name": "run", "model": "tiny", "dtype": "float32", "site": SITE, "report": False,
             "sae": {"architecture": "topk", "d_sae": 48, "k": 6},
             "data": {"text": str(source), "context_size": 32, "held_out_text": str(source.with_name("held.json"))},
             "training": {"tokens": 300, "batch_size": 100, "ring": 400, "contexts": 4} | changes,

@@ -97,6 +97,7 @@ def raw_recipe(folder: Path, name: str, steps: int, **parallel: int) -> dict[str
     """A small sweep whose steps do not depend on how many there are to be."""
     return {
         "name": name, "model": "tiny", "dtype": "float32", "device": "cpu", "site": SITE,
+        "report": steps == RUN_STEPS and name != "latents",  # of one process, of two that share tokens or latents
         "data": {"text": str(folder / "text.jsonl"), "context_size": 32, "held_out": 0.03},
         "sae": [{"architecture": "topk", "d_sae": 96, "k": 8}, {"architecture": "standard", "d_sae": 64}],
         "training": {"tokens": steps * 128, "batch_size": 128, "lr": 1e-3, "lr_schedule": "constant", "lr_warmup": 0,
@@ -246,6 +247,11 @@ def test_torchrun_over_tokens_is_the_run_of_one(folder) -> None:
         p.relative_to(alone) for p in sorted(alone.rglob("*"))
     ]
     assert [p.name for p in run.glob("step-8/*.safetensors")] == ["state.safetensors"]
+    assert (
+        len(list(run.glob("*/report.html")))
+        == len(list((folder / "runs" / "back").glob("*/report.html")))
+        == 2
+    )
 
 
 def test_one_process_goes_on_with_the_shards_of_two(folder, model) -> None:

@@ -30,7 +30,7 @@ def recipe(tmp_path):
 
     def make(**changes):
         raw = {
-            "name": "run", "model": "tiny", "dtype": "float32", "site": SITE,
+            "name": "run", "model": "tiny", "dtype": "float32", "site": SITE, "report": False,
             "data": {"text": str(text), "context_size": 32, "held_out": 0.03},
             "sae": {"architecture": "topk", "d_sae": 96, "k": 8},
             "training": {"tokens": 20 * 128, "batch_size": 128, "lr": 1e-3, "ring": 512, "contexts": 8, "log_every": 3,

@@ -43,7 +43,7 @@ def recipe(tmp_path_factory):
     def make(sae, name="sweep", **training):
         return parse_recipe(
             {
-                "name": name, "model": "tiny", "dtype": "float32", "site": SITE, "sae": sae,
+                "name": name, "model": "tiny", "dtype": "float32", "site": SITE, "sae": sae, "report": False,
                 "data": {"text": str(text), "context_size": 32, "held_out_text": str(held_out)},
                 "training": {"tokens": 12 * 100, "batch_size": 100, "lr": 1e-3, "ring": 450, "contexts": 4, "log_every": 3,
                              "evaluate_tokens": 200, "checkpoint_every": 5} | training,

@@ -36,6 +36,7 @@ def recipe(tmp_path):
         return parse_recipe(
             {
                 "name": "tracked", "model": "tiny", "dtype": "float32", "site": SITE, "sae": sae,
+                "report": isinstance(sae, dict),
                 "data": {"text": str(text), "context_size": 32, "held_out_text": str(held_out)},
                 "training": {"tokens": 800, "batch_size": 100, "ring": 400, "contexts": 4, "log_every": 2,
                              "evaluate_every": 3, "evaluate_tokens": 100, "checkpoint_every": 4},
@@ -109,6 +110,10 @@ def test_wandb_holds_the_rows_of_metrics_jsonl_and_no_secret(recipe, model, tmp_
     assert len(rows) == 4 + 3
     assert info(records)["display_name"] == "tracked"
     assert "run_group" not in info(records)
+    (shown,) = run.path.glob("wandb/offline-run-*/files/media/html/report_html*.html")
+    assert shown.read_bytes() == (run.path / "report.html").read_bytes()
+    (picture,) = run.path.glob("wandb/offline-run-*/files/media/images/report_png*.png")
+    assert picture.read_bytes() == (run.path / "report.png").read_bytes()
     no_secret_in(run.path)
 
 
