@@ -33,7 +33,7 @@ def test_a_wheel_carries_the_embedded_model_and_the_page(unpacked) -> None:
         assert (tiny / part).is_file(), part
     assert list((tiny / "tokens").glob("*.tokens.safetensors"))
     assert (unpacked / "saekit" / "embedded_files" / "recipes" / "tiny.yaml").is_file()
-    assert (unpacked / "saekit" / "catalog" / "page_files" / "index.html").is_file()
+    assert (unpacked / "saekit" / "catalog" / "page" / "files" / "index.html").is_file()
     assert not list(unpacked.rglob("tests"))
 
 

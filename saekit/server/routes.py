@@ -26,7 +26,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from saekit.catalog.page import INDEX, assets
-from saekit.catalog.page_data import PageData
+from saekit.catalog.page.data import PageData
 from saekit.errors import SaekitError
 from saekit.server.answers import Lines, Whole, error_answer, refused
 from saekit.server.describe import description

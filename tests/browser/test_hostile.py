@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from catalog.hostile import HOSTILE, hostile_copy
+from catalog.page.hostile import HOSTILE, hostile_copy
 
 import saekit
 from saekit.catalog import Catalog

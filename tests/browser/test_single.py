@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from saekit.catalog import Catalog, Feature
-from saekit.catalog.page_data import SHARD
-from saekit.catalog.page_records import ALPHABET, AROUND
+from saekit.catalog.page.data import SHARD
+from saekit.catalog.page.records import ALPHABET, AROUND
 
 if TYPE_CHECKING:
     from browser.conftest import OpenPage

@@ -13,7 +13,7 @@ import saekit
 from saekit import embedded
 from saekit.catalog import Catalog
 from saekit.catalog.feature import Context
-from saekit.catalog.page_records import ALPHABET, AROUND, Records, how_scored, packed, short
+from saekit.catalog.page.records import ALPHABET, AROUND, Records, how_scored, packed, short
 from saekit.catalog.said import Score
 from saekit.catalog.tables import write_table
 

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from saekit.catalog.card import public
-from saekit.catalog.page_overview import (
+from saekit.catalog.page.overview import (
     EXAMPLES,
     blocks_of,
     examples,
@@ -36,8 +36,8 @@ from saekit.catalog.page_overview import (
     place,
     shown_name,
 )
-from saekit.catalog.page_prompts import given, sampled
-from saekit.catalog.page_records import Records, short
+from saekit.catalog.page.prompts import given, sampled
+from saekit.catalog.page.records import Records, short
 from saekit.errors import UnknownName
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class PageData:
         return table if self._only is None else table.filter(np.isin(table["feature"].to_numpy(), self._only))
 
     def _map(self) -> dict[str, list[int | None]]:
-        from saekit.catalog.layout import layout_of
+        from saekit.catalog.page.layout import layout_of
 
         x, y = layout_of(self.catalog)
         return {"x": x, "y": y}

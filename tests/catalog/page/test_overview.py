@@ -12,8 +12,8 @@ import pytest
 
 from saekit import embedded
 from saekit.catalog import Catalog
-from saekit.catalog.page_data import PageData
-from saekit.catalog.page_overview import COMMON, EXAMPLES, RARE, WELL, examples, figures, place
+from saekit.catalog.page.data import PageData
+from saekit.catalog.page.overview import COMMON, EXAMPLES, RARE, WELL, examples, figures, place
 from saekit.catalog.tables import write_table
 
 

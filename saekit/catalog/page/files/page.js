@@ -33,11 +33,10 @@ async function start() {
   /** The place of an address in the navigation, a title, and the view: elements, or a promise of them. */
   function viewOf(address) {
     const home = { place: "home", title: "", view: () => homeView(catalog) };
-    const [path, query] = [address.split("?")[0], address.split("?").slice(1).join("?")];
     if (address === "") return home;
     if (address === "features" || address.startsWith("q=")) return { ...home, place: "features" };
     if (address === "about") return { place: "about", title: "About", view: () => aboutView(catalog) };
-    if (path === "play" && overview.live) return { place: "play", title: "Playground", view: () => playView(catalog, query) };
+    if (/^play(\?|$)/.test(address) && overview.live) return { place: "play", title: "Playground", view: () => playView(catalog) };
     if (address === "map" && overview.map) return { place: "map", title: "Map", view: () => mapView(catalog) };
     const prompt = /^prompts(?:\/(\d+))?$/.exec(address);
     if (prompt && overview.prompts) {

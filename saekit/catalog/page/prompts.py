@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saekit.catalog.firing import PER_TOKEN, firing
-from saekit.catalog.page_records import short
+from saekit.catalog.page.records import short
 from saekit.errors import InvalidInput
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from catalog.hostile import HOSTILE, hostile_copy
+from catalog.page.hostile import HOSTILE, hostile_copy
 
 import saekit
 from saekit.catalog import Catalog
 from saekit.catalog.explain import note
 from saekit.catalog.page import ASSETS, assets
-from saekit.catalog.page_data import SHARD, PageData
+from saekit.catalog.page.data import SHARD, PageData
 from saekit.cli import main
 from saekit.errors import InvalidInput, UnknownFeature, UnknownName
 
@@ -51,7 +51,7 @@ def hostile(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Catal
 @pytest.fixture(autouse=True)
 def no_map(monkeypatch: pytest.MonkeyPatch) -> None:
     """Laying out takes seconds and is tested for itself; the page of the fixture above has a real one."""
-    monkeypatch.setattr("saekit.catalog.layout.layout_of", lambda catalog: ([0] * len(catalog),) * 2)
+    monkeypatch.setattr("saekit.catalog.page.layout.layout_of", lambda catalog: ([0] * len(catalog),) * 2)
 
 
 def value(script: str) -> Any:
@@ -279,7 +279,7 @@ def test_a_file_takes_a_few_features_and_nothing_else(catalog: Catalog, tmp_path
     with pytest.raises(InvalidInput, match="for a single file"):
         catalog.page(tmp_path / "site", features=[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saekit.catalog.page.IN_A_FILE", 3)
+        patch.setattr("saekit.catalog.page.writing.IN_A_FILE", 3)
         with pytest.raises(InvalidInput, match="4 features; a single file takes 3"):
             catalog.page(file, features=range(4))
     assert not list(tmp_path.iterdir())
@@ -332,7 +332,7 @@ def test_the_command_writes_a_folder_or_a_file(
     assert told == {"page": "few.html", "bytes": (tmp_path / "few.html").stat().st_size}
     (tmp_path / "texts.txt").write_text("first of a file\n\n  second of it  \n")
     command = ["catalog", "page", "tiny", "site", "--prompt", "given", "--prompts", "texts.txt", "--json"]
-    monkeypatch.setattr("saekit.catalog.page.PageData.names", lambda self: ["overview", "prompts"])
+    monkeypatch.setattr("saekit.catalog.page.data.PageData.names", lambda self: ["overview", "prompts"])
     assert main(command) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["page"] == "site/index.html"

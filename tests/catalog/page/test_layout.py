@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 
 import saekit
 from saekit.catalog import Catalog
-from saekit.catalog import layout as module
-from saekit.catalog.layout import GRID, layout, layout_of
+from saekit.catalog.page import layout as module
+from saekit.catalog.page.layout import GRID, layout, layout_of
 from saekit.catalog.tables import write_table
 
 if TYPE_CHECKING:

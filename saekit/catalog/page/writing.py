@@ -1,7 +1,7 @@
 """A catalog as a static page: a folder that opens from disk and from any web server, or one file to attach to a mail.
 
-index.html, *.css, *.js    the page, the same for every catalog (from `page_files`)
-data/*.js                  what it shows (see `page_data`)
+index.html, *.css, *.js    the page, the same for every catalog (from `files`)
+data/*.js                  what it shows (see `data`)
 
 <name>.html                all of it in one file, for chosen features
 """
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saekit.catalog.page_data import PageData
+from saekit.catalog.page.data import PageData
 from saekit.errors import InvalidInput
 from saekit.files import replacing, staged
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from saekit.catalog.store import Catalog
 
-ASSETS = Path(__file__).parent / "page_files"
+ASSETS = Path(__file__).parent / "files"
 INDEX, DATA = "index.html", "data"
 FORMER = {"about.js", "live.js"}  # assets of earlier pages
 MARK = b'<meta name="generator" content="saekit">'

@@ -9,7 +9,7 @@ import pytest
 from saekit import embedded
 from saekit.catalog import Catalog
 from saekit.catalog.firing import PER_TOKEN
-from saekit.catalog.page_prompts import GIVEN, LENGTH, SAMPLES, given, sampled
+from saekit.catalog.page.prompts import GIVEN, LENGTH, SAMPLES, given, sampled
 from saekit.errors import InvalidInput
 
 if TYPE_CHECKING:
