@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Processes that share the tests: a gigabyte each, so not one for each core. For -x or --pdb: .venv/bin/python -m pytest.
 WORKERS ?= 2
 
-.PHONY: demo test check format wheel tiny clean
+.PHONY: demo test check format docs wheel tiny clean
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/saekit demo
@@ -25,6 +25,10 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The documentation as a site in site/, which opens from disk. A broken link, or a page that is not in the menu, is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+
 wheel: $(READY)
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
 
@@ -38,7 +42,7 @@ tiny: $(READY)
 	$(BIN)/saekit catalog build checkpoints/tiny/sae --text tiny --tokens 800_000 --contexts 10 --per-band 2 --sample-rows 64 --out checkpoints/tiny/catalog
 
 clean:
-	rm -rf .venv .venv-peers dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-peers dist site .pytest_cache .mypy_cache .ruff_cache
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "saekit needs Python 3.11 or newer; set PYTHON=…")'

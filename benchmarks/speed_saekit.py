@@ -5,7 +5,7 @@ lm         `sites.capture`
 end        `Activations` and one `Trainer.step`, or one for each of `saes`
 run        the same from nothing over `tokens`, whole
 catalog    `Catalog.build`
-steer      `model.generate`, inside `saekit.steer` or plain
+steer      `saekit.generate`, inside `saekit.steer` or plain
 quality    a whole training run, judged by `saekit.evaluate` (`benchmarks.quality`'s settings)
 """
 
@@ -160,10 +160,8 @@ def steer(job: dict[str, Any], arrays: Mapping[str, Tensor]) -> Task:
 
     def once() -> None:
         with nullcontext() if job.get("plain") else saekit.steer(model, edit):
-            out: Any = model.generate(
-                prompt, max_new_tokens=job["new_tokens"], do_sample=False, stop_at_eos=False, verbose=False
-            )
-        assert out.shape[1] == prompt.shape[1] + job["new_tokens"]
+            (made,) = saekit.generate(model, [prompt[0]], job["new_tokens"], temperature=0, stop_at_eos=False)
+        assert len(made.ids) == prompt.shape[1] + job["new_tokens"]
 
     return Task(once)
 

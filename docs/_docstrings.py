@@ -1,7 +1,7 @@
 """How the reference reads the house's docstrings: an extension of griffe, which reads the code as text.
 
-    name: what it is. other: …      in a docstring, `name` a parameter     ─▶  a list of parameters
-    field: int  # what it is        beside a field, or in lines above it   ─▶  an item of the class's list of fields
+name: what it is. other: …      in a docstring, `name` a parameter     ─▶  a list of parameters
+field: int  # what it is        beside a field, or in lines above it   ─▶  an item of the class's list of fields
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from griffe import Attribute, Class, Docstring, Extension, Function, Module
 class HouseStyle(Extension):
     def on_function(self, *, func: Function, **_: Any) -> None:
         if func.docstring:
-            names = [parameter.name.lstrip("*") for parameter in func.parameters]
-            func.docstring.value = listed(func.docstring.value, names)
+            func.docstring.value = listed(func.docstring.value, [p.name.lstrip("*") for p in func.parameters])
 
     def on_package(self, *, pkg: Module, **_: Any) -> None:
         """After dataclasses have got their signatures: fields need no heading each."""
@@ -31,27 +30,28 @@ class HouseStyle(Extension):
 
 def describe(kind: Class) -> None:
     """Fields out of the members and into the docstring."""
-    names = [name for name, member in kind.members.items() if field_like(member)]
-    if not names:
-        return
-    fields = [kind.members.pop(name) for name in names]
     said = kind.docstring.value if kind.docstring else ""
-    lines = [line(field) for field in fields if not field.name.startswith("_")]
-    kind.docstring = Docstring("\n".join([said, "", *lines]), parent=kind)
+    said = listed(said, [p.name.lstrip("*") for p in kind.parameters])
+    fields = [
+        kind.members.pop(name) for name in [name for name, it in kind.members.items() if field_like(it)]
+    ]
+    lines = filter(None, [line(field) for field in fields if not field.name.startswith("_")])
+    kind.docstring = Docstring(tight("\n".join([said, "", *lines])), parent=kind)
 
 
 def field_like(member: Any) -> bool:
-    """Whether it is `name: type` in the body of a class, no property."""
-    if not isinstance(member, Attribute):
-        return False
-    return member.name.startswith("_") or (member.annotation is not None and "property" not in member.labels)
+    """Whether it is a field, of the class or of its instances, and no property."""
+    return isinstance(member, Attribute) and "property" not in member.labels
 
 
 def line(field: Attribute) -> str:
-    value = str(field.value) if field.value is not None else ""
-    plain = value and not value.startswith(("field(", "Field("))
-    said = " ".join(filter(None, [field.docstring.value if field.docstring else "", comments(field)]))
-    return f"- `{field.name}: {field.annotation}{f' = {value}' if plain else ''}`" + (f" · {said}" if said else "")
+    said = comments(field)
+    if field.annotation is None and not said:
+        return ""
+    kind = f": {field.annotation}" if field.annotation is not None else ""
+    value = str(field.value) if "class-attribute" in field.labels and field.value is not None else ""
+    value = f" = {value}" if value and not value.startswith(("field(", "Field(")) else ""
+    return f"- `{field.name}{kind}{value}`" + (f" · {said}" if said else "")
 
 
 def listed(text: str, names: list[str]) -> str:
@@ -63,15 +63,19 @@ def listed(text: str, names: list[str]) -> str:
         if not names or not re.match(start, paragraph):
             made.append(paragraph)
             continue
-        body, rest = re.split(r"\n(?=Raises )|$", paragraph, maxsplit=1)
-        parts = re.split(rf"(?:^|(?<=[.;] )){start}", re.sub(r"\s*\n\s*", " ", body))
-        made += [
+        body, *rest = re.split(r"\n(?=Raises )", paragraph, maxsplit=1)
+        parts = re.split(rf"(?:^|(?<=[.;…] )){start}", re.sub(r"\s*\n\s*", " ", body))
+        items = [
             f"- {', '.join(f'`{one}`' for one in heads.split(', '))}: {said.strip().rstrip(';')}"
             for heads, said in zip(parts[1::2], parts[2::2], strict=True)
         ]
-        made[-1] += "\n"
-        made += [rest] if rest else []
-    return re.sub(r"\n\n(- [^\n]*)\n\n(?=- `)", r"\n\n\1\n", "\n\n".join(made))
+        made += ["\n".join(items), *rest]
+    return tight("\n\n".join(made))
+
+
+def tight(text: str) -> str:
+    """No empty lines between a list's items."""
+    return re.sub(r"^(- `.*)\n\n(?=- `)", r"\1\n", text, flags=re.MULTILINE)
 
 
 def comments(field: Attribute) -> str:
@@ -85,4 +89,11 @@ def comments(field: Attribute) -> str:
     first = field.lineno - 1
     while first and lines[first - 1].startswith("#"):
         first -= 1
-    return " ".join(text.lstrip("# ") for text in [*lines[first : field.lineno - 1], *beside])
+    said = " ".join(text.lstrip("# ") for text in [*lines[first : field.lineno - 1], *beside])
+    parts = re.split(r"(`[^`]*`)", said)
+    return "".join(part if n % 2 else plain(part) for n, part in enumerate(parts))
+
+
+def plain(text: str) -> str:
+    """Text that Markdown leaves as it is."""
+    return re.sub(r"([\[\]*_])", r"\\\1", text).replace("<", "&lt;")

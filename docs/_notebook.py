@@ -16,7 +16,9 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 NOTEBOOK, PAGE = "tour.ipynb", "tour.md"
-SHOWN = "saekit-output-{}-{}"  # where an output goes, once Markdown is done: what a cell shows is HTML of its own
+SHOWN = (
+    "saekit-output-{}-{}"  # where an output goes, once Markdown is done: what a cell shows is HTML of its own
+)
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -26,7 +28,9 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
-    return markdown if page.file.src_uri == PAGE else markdown.replace(f"]({NOTEBOOK})", f"]({PAGE})")
+    if page.file.src_uri == PAGE:
+        return markdown
+    return markdown.replace(f"]({NOTEBOOK})", f"]({PAGE})")
 
 
 def on_page_content(content: str, *, page: Page, config: MkDocsConfig, **_: Any) -> str:
@@ -56,4 +60,5 @@ def shown(output: dict[str, Any]) -> str:
     if "text/html" in data:
         return f'<div class="shown">{"".join(data["text/html"])}</div>'
     text = "".join(data.get("text/plain", output.get("text", "")))
-    return f'<div class="shown"><pre>{html.escape(re.sub(r"\x1b\[[0-9;]*m", "", text))}</pre></div>'
+    plain = html.escape(re.sub(r"\x1b\[[0-9;]*m", "", text))  # without a terminal's colours
+    return f'<div class="shown"><pre>{plain}</pre></div>'

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.control import Control
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
+from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
-from saekit.lens.colours import coloured
+from saekit.display.colours import coloured
 from saekit.lens.tokens import visible
 
 if TYPE_CHECKING:
@@ -85,13 +89,13 @@ class RunReporter:
 
 
 class _Smooth:
-    """The mean of the values so far, each weighing a tenth less than the one after it."""
+    """The mean of the values so far, each weighing half as much as the one after it."""
 
     def __init__(self) -> None:
         self._sum = self._weight = 0.0
 
     def add(self, value: float) -> float:
-        self._sum, self._weight = 0.9 * self._sum + value, 0.9 * self._weight + 1
+        self._sum, self._weight = 0.5 * self._sum + value, 0.5 * self._weight + 1
         return self._sum / self._weight
 
 
@@ -180,16 +184,30 @@ def _count(n: float) -> str:
 
 
 class _NowAndThen:
-    """Lines of progress on stderr, not too many."""
+    """Progress on stderr: one line that changes on a terminal and is gone at the end, a line now and then elsewhere."""
 
     def __init__(self, every: float = 5.0) -> None:
         self._last, self._every = time.monotonic(), every
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._erase()
 
     def _line(self, text: str) -> None:
         now = time.monotonic()
         if now - self._last >= (0.2 if err.is_terminal else self._every):
             self._last = now
-            err.print(Text(text), end="\r" if err.is_terminal else "\n")
+            self._erase()
+            if err.is_terminal:  # one line of it, whatever the width: a second one could not be erased
+                err.print(Text(text), no_wrap=True, overflow="ellipsis", end="\r")
+            else:
+                err.print(Text(text))
+
+    def _erase(self) -> None:
+        if err.is_terminal:
+            err.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
 
 
 class CatalogProgress(_NowAndThen):
@@ -232,9 +250,26 @@ def _is_number(cell: object) -> bool:
     )
 
 
-def context_text(context: Context, top: float) -> Text:
-    """A context's tokens on grounds as strong as their activation; top: the activation of the strongest ground."""
-    return coloured(
-        (token, a / top if top > 0 else 0.0)
-        for token, a in zip(context.tokens, context.activations, strict=True)
-    )
+@dataclass(frozen=True)
+class ContextText:
+    """A context's tokens on grounds as strong as their activation; with its «peak» marked where there are no colours.
+
+    top: the activation of the strongest ground.
+    """
+
+    context: Context
+    top: float
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._text(console)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, self._text(console))
+
+    def _text(self, console: Console) -> Text:
+        if console.color_system is None or console.no_color:
+            return Text(visible(str(self.context)).replace("\n", "↵\n"), overflow="fold")
+        return coloured(
+            (token, a / self.top if self.top > 0 else 0.0)
+            for token, a in zip(self.context.tokens, self.context.activations, strict=True)
+        )

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from saekit import embedded
 from saekit.catalog import Catalog, Feature
-from saekit.console import CatalogProgress, RunReporter, context_text, out, table
+from saekit.console import CatalogProgress, RunReporter, ContextText, out, table
 from saekit.lens.tokens import visible
 from saekit.lm import load_model
 from saekit.steering.compare import next_token_probabilities
@@ -87,14 +87,14 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
 
     say("[bold]3. Catalog[/]  what each feature fires on")
     tokens = tokenize(embedded.NAME, model)
-    catalog = _timed(
-        times,
-        "catalog",
-        lambda: Catalog.build(
-            model, trained.sae, tokens, run / "catalog", max_tokens=CATALOG_TOKENS,
-            progress=None if quiet else CatalogProgress(),
-        ),
-    )  # fmt: skip
+    with CatalogProgress() as progress:
+        catalog = _timed(
+            times,
+            "catalog",
+            lambda: Catalog.build(
+                model, trained.sae, tokens, run / "catalog", max_tokens=CATALOG_TOKENS, progress=None if quiet else progress
+            ),
+        )  # fmt: skip
     page = _timed(times, "page", lambda: catalog.page(run / "page", prompts=PROMPTS, model=model))
     say(
         f"   {int((catalog.density > 0).sum()):,} of {len(catalog):,} features fired on {catalog.info['corpus']['tokens']:,} tokens"
@@ -121,7 +121,7 @@ def demo(out_folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         f"[bold]5. Choose[/]  feature {feature.index} of {len(hits)} hits: the one whose continuations speak of Star Wars most"
     )
     for context in feature.contexts[:4]:
-        say("   ", context_text(context, feature.max_activation))
+        say("   ", ContextText(context, feature.max_activation))
 
     say(
         "[bold]6. Steer[/]  add it at a share of the residual norm; beside it the best of as many random directions"
@@ -174,7 +174,7 @@ def _random(feature: Feature, seed: int, strength: float) -> Edit:
 
 def _probability(model: TransformerBridge, edit: Edit | None, ids: torch.Tensor) -> float:
     with _with(model, edit):
-        return float(next_token_probabilities(model, model.to_tokens(PROMPT))[ids].sum())
+        return float(next_token_probabilities(model, model.to_tokens(PROMPT))[0, ids].sum())
 
 
 def _choose(model: TransformerBridge, candidates: Sequence[Make], ids: torch.Tensor) -> Make:

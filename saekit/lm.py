@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,16 +48,16 @@ def load_model(name: str | Path, *, dtype: str | None = None, device: str | None
         raise InvalidInput(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     chosen = DTYPES[dtype] if dtype else fast_dtype(device)
     place = locate(name)
-    from transformer_lens.model_bridge import TransformerBridge
+    with quiet_loading():
+        from transformer_lens.model_bridge import TransformerBridge
 
-    try:
-        with quiet_loading():
+        try:
             model = TransformerBridge.boot_transformers(str(place), device=device, dtype=chosen)
-    except Exception as error:  # hub, config and weight files fail in a dozen ways of their own
-        raise InvalidInput(
-            f"model {str(name)!r} could not be loaded: {first_line(error)}. "
-            'Expected "tiny", a Hugging Face folder, or the id of a causal language model on the hub'
-        ) from error
+        except Exception as error:  # hub, config and weight files fail in a dozen ways of their own
+            raise InvalidInput(
+                f"model {str(name)!r} could not be loaded: {first_line(error).rstrip('. ')}. "
+                'Expected "tiny", a Hugging Face folder, or the id of a causal language model on the hub'
+            ) from error
     model.eval()
     _fuse_gelu(model)
     model.cfg.model_name = str(name)
@@ -111,7 +113,11 @@ def _check_tokenizer(model: TransformerBridge, name: str) -> None:
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
     """Silence the loader's progress bar; a user sees saekit's own lines only."""
-    from transformers.utils import logging
+    with warnings.catch_warnings():  # where a notebook has no widgets, of the bars that are not shown
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from transformers.utils import logging
+
+        importlib.import_module("tqdm.auto")
 
     was_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -31,7 +31,9 @@ from saekit.training.config import Count, TrainingConfig
 
 ONE, MANY = "(one)", "(several)"  # which of a union's branches was meant; no key of a YAML file looks so
 FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-TAKEN = re.compile(r"step-.*|final|wandb|metrics\.jsonl.*|recipe\.yaml.*", re.IGNORECASE)  # in a run's folder
+TAKEN = re.compile(  # in a run's folder
+    r"step-.*|final|wandb|metrics\.jsonl.*|recipe\.yaml.*|report\.(html|png)|pareto\.png", re.IGNORECASE
+)
 
 # What all SAEs of a run share: the stream of batches, and the moments at which something happens.
 SHARED = frozenset(

@@ -8,6 +8,7 @@ block that is hooked where it begins or ends keeps its own component only; one t
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,56 +38,80 @@ class _Part(NamedTuple):
         return not any(_listens(module, ours) for module in self.listeners)
 
 
-_PARTS: weakref.WeakKeyDictionary[Any, list[_Part]] = weakref.WeakKeyDictionary()
+class _Bridge:
+    """What TransformerLens has put around one model's modules, and what of it stands aside at the moment."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # there is one model for all threads
+        self._parts: list[_Part] = []
+        self._aside: list[_Place] = []
+        self._fused = False
+
+    @contextlib.contextmanager
+    def aside(self, model: TransformerBridge) -> Iterator[None]:
+        """While open, what nobody listens to stands aside; then what stood aside before does again."""
+        before, was_fused = self._aside, self._fused
+        self._put([])  # one inside another judges the whole bridge anew: hooks may have come since
+        parts = [] if _is_processed(model) else self._parts_of(model.original_model)
+        free = [part.is_free() for part in parts]
+        unseen = [is_free for is_free, part in zip(free, parts, strict=True) if part.is_inside]
+        try:
+            self._put(
+                [place for is_free, part in zip(free, parts, strict=True) if is_free for place in part.places]
+            )
+            self._fuse(model.original_model, fused=bool(unseen) and all(unseen))
+            yield
+        finally:
+            self._put(before)
+            self._fuse(model.original_model, fused=was_fused)
+
+    def _put(self, places: list[_Place]) -> None:
+        """Let these components stand aside, and no others."""
+        for parent, name, component in self._aside:
+            parent._modules[name] = component
+        self._aside = places
+        for parent, name, component in places:
+            parent._modules[name] = component.original_component
+
+    def _parts_of(self, model: nn.Module) -> list[_Part]:
+        """The parts, while none of them stands aside."""
+        places = [place for part in self._parts for place in part.places]
+        if not places or any(p.parent._modules.get(p.name) is not p.component for p in places):
+            self._parts = list(_parts_of(model))
+        return self._parts
+
+    def _fuse(self, model: Any, *, fused: bool) -> None:
+        """Attention in one operation, which the bridge does without as nobody could see its pattern.
+
+        Not for a model that caps its attention's logits: the fused operation would leave that out.
+        """
+        config = model.config
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+        if fused == self._fused or (fused and (capped or not getattr(model, "_supports_sdpa", False))):
+            return
+        now, then = ("eager", "sdpa") if fused else ("sdpa", "eager")
+        if config._attn_implementation == now:  # somebody's own choice stays
+            config._attn_implementation, self._fused = then, fused
+
+
+_BRIDGES: weakref.WeakKeyDictionary[Any, _Bridge] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def unwrapped(model: TransformerBridge) -> Iterator[None]:
     """While open, forwards of `model.original_model` go through its own modules; hooks that are on now act as before.
 
-    Hooks that come while it is open may be passed by. A model whose weights the bridge has processed keeps its components.
+    Hooks that come while it is open may be passed by, unless another one is opened inside, which sees them. Another
+    thread waits with its own until this one is closed. A model whose weights the bridge has processed keeps its components.
     """
-    parts = [] if model.compatibility_mode else _parts(model)
-    free = [part for part in parts if part.is_free()]
-    places = [place for part in free for place in part.places]
-    insides = [part for part in parts if part.is_inside]
-    fused = bool(insides) and all(any(part is one for one in free) for part in insides)
-    try:
-        for parent, name, component in places:
-            parent._modules[name] = component.original_component
-        with _fused_attention(model.original_model) if fused else contextlib.nullcontext():
-            yield
-    finally:
-        for parent, name, component in places:
-            parent._modules[name] = component
-
-
-@contextlib.contextmanager
-def _fused_attention(model: Any) -> Iterator[None]:
-    """Attention in one operation, which the bridge does without as nobody could see its pattern.
-
-    Not for a model that caps its attention's logits: the fused operation would leave that out.
-    """
-    config = model.config
-    before = config._attn_implementation
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    if before != "eager" or capped or not getattr(model, "_supports_sdpa", False):
+    bridge = _BRIDGES.setdefault(model, _Bridge())
+    with bridge.lock, bridge.aside(model):
         yield
-        return
-    try:
-        config._attn_implementation = "sdpa"
-        yield
-    finally:
-        config._attn_implementation = before
 
 
-def _parts(model: TransformerBridge) -> list[_Part]:
-    parts = _PARTS.get(model)
-    if parts is None or any(
-        p.parent._modules.get(p.name) is not p.component for part in parts for p in part.places
-    ):
-        parts = _PARTS[model] = list(_parts_of(model.original_model))
-    return parts
+def _is_processed(model: Any) -> bool:
+    """Whether the bridge's components compute with weights other than those of the modules under them."""
+    return bool(model.compatibility_mode or getattr(model, "_weights_processed", False))
 
 
 def _parts_of(module: nn.Module) -> Iterator[_Part]:

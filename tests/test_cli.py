@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from conftest import SITE, sentences
 
 from saekit.cli import main
+from saekit.console import CatalogProgress
 
 
 @pytest.fixture
@@ -39,6 +41,12 @@ def test_the_whole_way_by_hand(recipe, corpus, tmp_path, monkeypatch, capsys) ->
     planned = json.loads(output(capsys, "train", recipe, "--dry-run", "--json"))
     assert (planned["steps"], planned["d_in"], planned["checked"][0]) == (10, 256, f"text {corpus}")
     assert "10 steps" in output(capsys, "train", recipe, "--dry-run")
+    assert "5 steps" in output(capsys, "train", recipe, "--dry-run", "training.tokens=1000")  # after an option too
+    for wrong in ("training.tokens", "--nonsense=1"):
+        with pytest.raises(SystemExit) as refused:
+            main(["train", str(recipe), "--dry-run", wrong])
+        assert refused.value.code == 2
+        assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err
     assert not (tmp_path / "checkpoints").exists()
 
     trained = json.loads(output(capsys, "train", recipe, "sae.k=8", "--json"))
@@ -222,6 +230,10 @@ def test_a_wrong_call_exits_2(arguments, capsys) -> None:
         (["steer", "tiny", "1", "--prompt", ""], "prompt: expected a text"),
         (["catalog", "explain", "tiny", "--prompts-out", "x"], "--model says who answers"),
         (["catalog", "merge", "nowhere", "--out", "x"], "nowhere"),
+        (
+            ["catalog", "page", "tiny", "x", "--prompts", "nowhere.txt"],
+            "saekit: prompts: nowhere.txt does not exist",
+        ),
         (["steer", "tiny", "1", "--prompt", "x", "--strength", "nan"], "strength: expected a finite number"),
         (
             ["steer", "tiny", "1", "--prompt", "x", "--kind", "clamp", "--unit", "norm"],
@@ -238,6 +250,26 @@ def test_a_mistake_is_one_clear_line_and_exit_1(arguments, message, capsys) -> N
     assert len(err.strip().splitlines()) == 1
 
 
+def test_a_build_that_was_stopped_says_how_to_go_on(corpus, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    call = ["catalog", "build", "tiny", "--text", str(corpus), "--out", "cat"]
+    with monkeypatch.context() as patched:
+        patched.setattr(CatalogProgress, "__call__", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert main(call) == 1
+    assert capsys.readouterr().err.endswith(
+        "saekit: catalog cat: stopped; the same command goes on where it was (--restart begins anew)\n"
+    )
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["cat.building"]
+    assert main(call) == 0
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["cat"]
+
+
+def test_without_a_command_there_is_help(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main([])
+    assert "the whole story on the embedded model" in capsys.readouterr().err
+
+
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(FileNotFoundError):
         main(["eval", "nowhere", "--debug"])
@@ -252,7 +284,7 @@ def test_python_m_saekit_is_the_command_line() -> None:
 
 
 def test_terminal_escapes_in_tokens_show_literally() -> None:
-    from saekit.lens.colours import coloured
+    from saekit.display.colours import coloured
     from saekit.lens.tokens import visible
 
     assert visible("a\x1b[31mred\u202e") == "a\\x1b[31mred\\u202e"

@@ -10,7 +10,9 @@ import pytest
 from rich.console import Console
 
 from saekit import console
-from saekit.console import RunReporter
+from saekit.catalog.build import Progress as CatalogFigures
+from saekit.catalog.feature import Context
+from saekit.console import AnswersProgress, CatalogProgress, ContextText, RunReporter
 
 STEP = {"loss": 0.0523, "l0": 32.0, "explained_variance": 0.941, "dead": 0.012, "mse": 9.0, "aux": 0.0}
 RUN = {"saes": 1, "tokens": 860_160, "tokens_in_all": 1_398_784, "tokens_per_second": 24_100.4}
@@ -79,7 +81,7 @@ def test_the_live_lines_fit_80_columns_and_say_what_matters(terminal, clock, fig
 
 def test_the_loss_is_smoothed_and_the_other_figures_are_not(terminal) -> None:
     calls = [(i, 9, RUN | STEP | {"loss": value, "l0": value}) for i, value in enumerate([10.0, 20.0], 1)]
-    assert shown(terminal(), *calls)[1].startswith("loss 15.26  L0 20.0")  # (0.9 · 10 + 20) / 1.9
+    assert shown(terminal(), *calls)[1].startswith("loss 16.67  L0 20.0")  # (0.5 · 10 + 20) / 1.5
 
 
 def test_a_sweep_is_a_table_and_a_long_one_its_reach(terminal) -> None:
@@ -118,3 +120,54 @@ def test_elsewhere_there_are_plain_lines_and_an_evaluation_is_told_once(terminal
         "  step 30/40  75%  860k tokens  loss 0.0523  L0 32.0  EV 0.941  dead 1.2%  24,100 tok/s  0:10 left",
         "  step 40/40  100%  860k tokens  loss 0.0523  L0 32.0  EV 0.941  dead 1.2%  24,100 tok/s",
     ]
+
+
+def test_progress_in_one_line_leaves_nothing_of_a_longer_one_behind(terminal, clock) -> None:
+    written = terminal()
+    clock(0.0, 10.0, 20.0)
+    with AnswersProgress() as progress:
+        progress(999_999, 1_000_000_000)
+        progress(1, 2)
+        *_, longer, shorter = written.getvalue().split("\r\x1b[2K")
+        assert longer.rstrip("\r") == "  999,999 of 1,000,000,000 answers"
+        assert shorter.rstrip("\r") == "  1 of 2 answers"
+    assert written.getvalue().endswith("\r\x1b[2K"), "the last one goes, too"
+
+
+def test_progress_stays_in_one_line_of_a_narrow_terminal_and_is_plain_elsewhere(terminal, clock) -> None:
+    found = CatalogFigures(10**12, 10**6, 10**6, 10**6, 1e9)
+    written = terminal()
+    clock(0.0, 10.0, 0.0, 10.0)
+    CatalogProgress()(found)
+    assert len(re.sub(r"\x1b\[[0-9]*[A-Z]", "", written.getvalue()).strip("\r")) == 80
+    written = terminal(live=False)
+    with CatalogProgress() as progress:
+        progress(found)
+    assert written.getvalue().startswith(
+        "  1,000,000,000,000 tokens, 1,000,000 of 1,000,000 features alive, "
+    )
+    assert "\r" not in written.getvalue()
+    assert "\x1b" not in written.getvalue()
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_a_context_shows_where_the_feature_fires_also_without_colours(colours: bool) -> None:
+    context = Context(
+        [" the", " Jedi", "\x1b\n"],
+        [0.0, 2.0, 1.0],
+        peak=1,
+        document=0,
+        norm=1.0,
+        sink=False,
+        token_ids=[1, 2, 3],
+    )
+    written = io.StringIO()
+    shown = Console(
+        file=written, force_terminal=True, color_system="truecolor" if colours else None, width=80
+    )
+    shown.print(ContextText(context, 2.0))
+    if colours:
+        assert re.search(r"\x1b\[[0-9;]*48;2;[0-9;]*m Jedi", written.getvalue())
+        assert "«" not in written.getvalue()
+    else:
+        assert written.getvalue().rstrip("\n") == " the« Jedi»\\x1b↵"

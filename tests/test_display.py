@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html as html_of
 import io
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -28,6 +29,7 @@ from saekit.display.catalog import RULE, to_start_with
 from saekit.display.comparison import differing
 from saekit.display.html import SCOPE
 from saekit.display.terminal import spark
+from saekit.lens.reading import Reading, Track
 from saekit.lens.tokens import visible
 from saekit.steering.compare import Comparison, Odds
 from saekit.steering.directions import Direction
@@ -196,11 +198,25 @@ def sweep() -> SteeringSweep:
     return SteeringSweep(tuple(rows), figures(0.0, 10.0, keywords=0.0), "plain " + HOSTILE[1])
 
 
-@pytest.fixture(scope="module", params=["feature", "silent", "catalog", "side", "sweep"])
-def anything(request, hostile, side, sweep) -> Any:
-    return {"feature": hostile[2], "silent": hostile[23], "catalog": hostile, "side": side, "sweep": sweep}[
-        request.param
-    ]
+@pytest.fixture(scope="module")
+def reading() -> Reading:
+    tokens = (*HOSTILE, "漢", "nothing")
+    values = (*map(float, range(1, len(tokens))), math.nan)
+    about = ("<i>a</i> $x$", "blocks.0.hook_resid_pre")
+    tracks = Track(*about, "activation", values, 0.0, 8.0), Track(*about, "projection", values, 3.0, 2.0)
+    return Reading(tokens, (False,) * len(tokens), tracks)
+
+
+@pytest.fixture(scope="module", params=["feature", "silent", "catalog", "side", "sweep", "reading"])
+def anything(request, hostile, side, sweep, reading) -> Any:
+    return {
+        "feature": hostile[2],
+        "silent": hostile[23],
+        "catalog": hostile,
+        "side": side,
+        "sweep": sweep,
+        "reading": reading,
+    }[request.param]
 
 
 def test_an_output_is_harmless(anything) -> None:
@@ -247,11 +263,11 @@ def test_figures_of_hostile_tokens_draw_without_a_warning(anything, tmp_path) ->
     figure.savefig(tmp_path / "f.png")
     for axes in figure.axes:
         assert axes.get_title()
-        assert axes.get_xlabel() or axes.get_xticklabels()
+        assert axes.get_xlabel() or axes.get_ylabel() or axes.get_xticklabels()
 
 
 def test_letters_that_no_font_has_are_escapes() -> None:
-    from saekit.display.drawing import drawable, drawable_token
+    from saekit.lens.drawing import drawable, drawable_token
 
     assert drawable("é–↵ naïve") == "é–↵ naïve"
     assert drawable("漢a") == "\\u6f22a"
@@ -535,6 +551,29 @@ def test_colours_suit_any_ground() -> None:
 
     colours = set(re.findall(r"(?<![-\w])(?:color|fill): ([^;}]+)", html.STYLE))
     assert colours <= {"inherit", "currentColor", "none", "rgb(76 139 209)"}
+
+
+def test_a_faint_level_is_no_bright_block_in_a_terminal() -> None:
+    """Letters in the colour first, then grounds that begin at a grey; what is silent, or no number, has neither."""
+    from saekit.display.colours import coloured
+
+    shown = coloured(
+        [("a", 0.02), ("b", 0.1), ("c", -0.1), ("d", 0.3), ("e", 1.0), ("f", -3.0), ("g", math.nan)]
+    )
+    assert [(shown.plain[span.start : span.end], span.style) for span in shown.spans] == [
+        ("b", "rgb(76,139,209)"),
+        ("c", "rgb(232,144,60)"),
+        ("d", "black on rgb(128,147,168)"),
+        ("e", "black on rgb(76,139,209)"),
+        ("f", "black on rgb(232,144,60)"),
+    ]
+
+
+def test_what_is_no_number_has_no_ground(reading) -> None:
+    assert "nan" not in reading._repr_html_()
+    assert (
+        reading._repr_html_().count("<b") == 2 * (len(reading.tokens) - 1) - 1
+    )  # one is what colours turn at
 
 
 def test_importing_what_shows_itself_draws_in_no_notebook() -> None:

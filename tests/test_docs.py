@@ -1,4 +1,7 @@
-"""The pages in docs/ are true: their Python runs as it stands, their commands parse, their links and tables agree with the code."""
+"""The pages in docs/ are true: their blocks run as they stand, their links and tables agree with the code.
+
+A block that is not run has `<!-- not run: why -->` above it. The pages as a site: `test_site.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,25 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from saekit.catalog.tables import SCHEMAS
-from saekit.cli import _parser
+from saekit.cli import _parser, main
 from saekit.steering.kinds import UNITS, WITHOUT_STRENGTH
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = sorted(ROOT.glob("docs/*.md"))
+DOCS = sorted(ROOT.glob("docs/**/*.md"))
 PAGES = [*DOCS, ROOT / "README.md", ROOT / "recipes" / "README.md", ROOT / "benchmarks" / "README.md"]
-NO_RUN = "no-run"  # blocks that need a network, or an endpoint
-SOME = 3  # such blocks, in all pages together
+# Their commands name what a reader has, so they are parsed and not run; serve.md's curl is run by tests/server.
+PARSED = ("catalog.md", "steering.md", "serve.md")
+NOT_RUN = (
+    12  # blocks that need an account, a hub, an endpoint, more machines or a person, in all pages together
+)
 
 
 class Block(NamedTuple):
@@ -29,18 +37,22 @@ class Block(NamedTuple):
     words: str  # what else stands after the language
     code: str
     line: int  # of its first line in the page
+    why: str  # it is not run, as the comment above it says; empty: it is
 
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text("utf-8")
+    fence = r"(?:^<!-- not run: ([^\n]+) -->\n)?^```(\w*)([^\n]*)\n(.*?)^```$"
     return [
-        Block(found[1], found[2].strip(), found[3], text.count("\n", 0, found.start(3)) + 1)
-        for found in re.finditer(r"^```(\w*)([^\n]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        Block(
+            found[2],
+            found[3].strip(),
+            found[4],
+            text.count("\n", 0, found.start(4)) + 1,
+            found[1] or "",
+        )
+        for found in re.finditer(fence, text, re.DOTALL | re.MULTILINE)
     ]
-
-
-def python(page: Path, *, run: bool) -> list[Block]:
-    return [b for b in blocks(page) if b.language == "python" and (b.words != NO_RUN) == run]
 
 
 def called(page: Path, block: Block) -> str:
@@ -58,42 +70,80 @@ def rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")] for line in lines]
 
 
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
-def test_the_python_of_a_page_runs_in_sequence(
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix().removeprefix("docs/")
+
+
+def commands_of(block: Block) -> list[str]:
+    """What stands after `saekit` in a block; what is said of a command stands two spaces or a # away from it."""
+    lines = block.code.replace("\\\n", "").splitlines() if block.language == "" else []
+    found = (re.match(r"((?:torchrun .* -m )?saekit) +(\S.*)", line) for line in lines)
+    return [re.split(r"\s{2,}|\s#", line[0])[0] for line in found if line]
+
+
+def command(line: str) -> list[str]:
+    """The arguments that saekit gets."""
+    return shlex.split(line.partition("saekit ")[2])
+
+
+def run_command(line: str) -> None:
+    if line.startswith("torchrun "):
+        arguments = [sys.executable, "-m", "torch.distributed.run", *shlex.split(line)[1:]]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    else:
+        assert main(command(line)) == 0, line
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .utils. module has been deprecated:DeprecationWarning"
+)  # sae_lens, when it is imported
+@pytest.mark.parametrize("page", [page for page in DOCS if blocks(page)], ids=name_of)
+def test_the_blocks_of_a_page_run_in_sequence(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In an empty folder: Python in one namespace, commands as they are typed, files by the title they have."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    written = python(page, run=True)
-    assert len(written) > 5
-    for block in written:
-        exec(compile(called(page, block), str(page), "exec"), names)
+    for block in blocks(page):
+        if block.why:
+            continue
+        if title := re.fullmatch(r'title="([\w.-]+)"', block.words):
+            Path(title[1]).write_text(block.code)
+        elif block.language == "python":
+            exec(compile(called(page, block), str(page), "exec"), names)
+        elif name_of(page) not in PARSED:
+            assert block.language in ("", "json"), (
+                f"{page.name}, line {block.line}: nothing runs {block.language}"
+            )
+            for line in commands_of(block):
+                run_command(line)
 
 
-def test_few_blocks_do_not_run_and_what_they_name_is_there() -> None:
-    left = [(page, block) for page in DOCS for block in python(page, run=False)]
-    assert len(left) <= SOME
-    assert all(b.words in ("", NO_RUN) for page in DOCS for b in blocks(page) if b.language == "python")
+def test_what_does_not_run_is_counted_and_can_be_read() -> None:
+    left = [(page, block) for page in DOCS for block in blocks(page) if block.why]
+    assert len(left) == NOT_RUN, [(page.name, block.line, block.why) for page, block in left]
     for page, block in left:
-        for node in ast.walk(ast.parse(called(page, block), str(page))):
+        for node in ast.walk(
+            ast.parse(called(page, block)) if block.language == "python" else ast.Module([])
+        ):
             if isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(str(node.module))
                 assert all(hasattr(module, alias.name) for alias in node.names), f"{page.name}: {node.module}"
 
 
-def commands(page: Path) -> list[str]:
-    """What stands after `saekit` in the page's blocks; what is said of a command stands two spaces or a # away from it."""
-    lines = (
-        line for b in blocks(page) if b.language == "" for line in b.code.replace("\\\n", "").splitlines()
-    )
-    found = (re.match(r"(?:saekit|.* -m saekit) +(\S.*)", line) for line in lines)
-    return [re.split(r"\s{2,}|\s#", line[1])[0] for line in found if line]
+def test_a_block_says_what_it_is() -> None:
+    """Nothing after a language but a file's title: what is not run says so above, where it is read."""
+    for page in DOCS:
+        for block in blocks(page):
+            assert re.fullmatch(r'(title="[\w.-]+")?', block.words), f"{page.name}, line {block.line}"
+            assert block.language in ("", "python", "sh", "yaml", "json"), f"{page.name}, line {block.line}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_command_parses(page: Path) -> None:
-    for line in commands(page):
-        arguments = shlex.split(line)
+    for line in (line for block in blocks(page) for line in commands_of(block)):
+        arguments = command(line)
         try:
             _parser().parse_args(arguments)
         except SystemExit:
@@ -102,12 +152,20 @@ def test_every_command_parses(page: Path) -> None:
             assert not word.startswith("recipes/") or (ROOT / word).is_file(), f"{page.name}: {word}"
 
 
-def test_there_are_commands_to_parse() -> None:
-    counts = {page.name: len(commands(page)) for page in DOCS}
-    assert all(counts.values()), counts
+def test_there_are_commands_to_parse_and_blocks_to_run() -> None:
+    counts = {name_of(page): sum(len(commands_of(b)) for b in blocks(page)) for page in DOCS}
+    told = {name for name, count in counts.items() if count}
+    assert told >= {
+        "index.md",
+        "tutorial.md",
+        "formats.md",
+        *PARSED,
+        *(n for n in counts if n.startswith("how-to/")),
+    } - {"how-to/index.md"}
+    assert sum(b.language == "python" for page in DOCS for b in blocks(page) if not b.why) > 60
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_relative_link_leads_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\((?!\w+:)([^)]+)\)", text):

@@ -46,6 +46,8 @@ def run(folder: Path) -> Any:
         with warnings.catch_warnings():  # jupyter_client leaves two sockets to the collector, which grumbles
             warnings.filterwarnings("ignore", "Unclosed socket", ResourceWarning)
             gc.collect()
+    said = "".join(o.get("text", "") for cell in code(notebook) for o in cell.outputs)
+    assert "IProgress" not in said, "nobody need install widgets for bars that are not shown"
     for cell in code(notebook):
         cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
     return notebook

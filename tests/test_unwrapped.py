@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -86,13 +89,64 @@ def test_components_come_back_after_an_exception(lm) -> None:
     assert components(lm) == before
 
 
-def test_weights_that_the_bridge_has_folded_stay_with_it() -> None:
+@pytest.mark.parametrize("processing", ["enable_compatibility_mode", "process_weights"])
+def test_weights_that_the_bridge_has_folded_stay_with_it(processing) -> None:
     lm = saekit.load_model("tiny", dtype="float32", device="cpu")
-    lm.enable_compatibility_mode()
+    getattr(lm, processing)()
     plain, before = logits(lm), components(lm)
     with unwrapped(lm):
         assert components(lm) == before
         assert torch.equal(logits(lm), plain)
+
+
+@contextlib.contextmanager
+def hooked(point: Any, fired: list[Any]) -> Iterator[None]:
+    """A hook that only tells that it was there, put on without a look at the model's tree."""
+    handle = point.register_forward_hook(lambda *_: fired.append(1))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("site", ["blocks.1.hook_resid_pre", "blocks.1.attn.hook_pattern"])
+def test_one_inside_another_sees_the_hooks_of_its_own_time(lm, site) -> None:
+    point, fired = lm.get_hook_point(site), []
+    config, before = lm.original_model.config, components(lm)
+    with unwrapped(lm):
+        with hooked(point, fired), unwrapped(lm):
+            logits(lm)
+        assert config._attn_implementation == "sdpa"
+        assert not components(lm)
+    assert fired == [1]
+    assert components(lm) == before
+    assert config._attn_implementation == "eager"
+    with unwrapped(lm):  # and the one after them finds all components again
+        assert not components(lm)
+
+
+def test_another_thread_waits_and_then_its_hooks_act(lm) -> None:
+    point, fired, waited = lm.get_hook_point("blocks.1.hook_resid_pre"), [], []
+    begun, is_open = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with hooked(point, fired):
+            begun.set()
+            with unwrapped(lm):
+                waited.append(not is_open.is_set())
+                logits(lm)
+
+    thread = threading.Thread(target=other)
+    with unwrapped(lm):
+        is_open.set()
+        thread.start()
+        assert begun.wait(10)
+        thread.join(0.1)
+        logits(lm)
+        is_open.clear()
+    thread.join()
+    assert waited == [True]
+    assert fired == [1]
 
 
 def test_attention_is_fused_while_nobody_looks_inside_a_block(lm) -> None:

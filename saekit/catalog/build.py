@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -282,10 +284,11 @@ class _Survey:
                 clock = clock or _Clock(tokens, self.max_tokens, resumed, self.tokens)
                 own = before.units % n == i - 1
                 seen = self._look_at(batch, special, before.rows) if own else []
-                self.whole = False
-                for state, unit in zip(self.states, seen, strict=False):
-                    state.add(unit)
-                self.position, self.whole = at, True
+                with _undisturbed():
+                    self.whole = False
+                    for state, unit in zip(self.states, seen, strict=False):
+                        state.add(unit)
+                    self.position, self.whole = at, True
                 if progress:
                     progress(clock.read(at, self))
                 if time.monotonic() >= self.save_at:
@@ -323,6 +326,23 @@ class _Survey:
     @property
     def tokens(self) -> int:
         return self.states[0].tokens
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C has to wait: a state that it leaves between two units is of no use to the build that goes on from it."""
+    asked: list[tuple[int, FrameType | None]] = []
+    try:
+        before = signal.signal(signal.SIGINT, lambda *call: asked.append(call))
+    except ValueError:  # not the main thread, where no Ctrl-C arrives
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked and callable(before):
+        before(*asked[0])
 
 
 class _Clock:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saekit.catalog.relations import Neighbour
@@ -113,11 +114,18 @@ class Feature(Steerable):
     @cached_property
     def bands(self) -> list[Band]:
         """The active range (0, max] in equal parts, weakest first; none for a feature that never fired."""
+        if not self.histogram:
+            return []
         n = int(self.catalog.info["contexts"]["bands"])
         edges = [self.max_activation * b / n for b in range(n + 1)]
+        low, high, count = (
+            np.array([getattr(bar, name) for bar in self.histogram]) for name in ("low", "high", "count")
+        )
+        bars, top = np.array([len(self.histogram)]), np.array([self.max_activation])
+        [found] = shares(low, high, count, bars, top, n).tolist()
         return [
             Band(edges[b - 1], edges[b], share, self.catalog._contexts(self.index, b))
-            for b, share in enumerate(shares(self.histogram, self.max_activation, n), 1)
+            for b, share in enumerate(found, 1)
         ]
 
     @cached_property
@@ -270,18 +278,23 @@ class Feature(Steerable):
         return visible("\n".join(lines))
 
 
-def shares(histogram: list[Bin], top: float, n: int) -> list[float]:
-    """Shares of the firings in the n equal parts of (0, top], from counts in log-spaced bins.
+def shares(
+    low: NDArray[Any], high: NDArray[Any], count: NDArray[Any], bars: NDArray[Any], top: NDArray[Any], n: int
+) -> NDArray[np.float64]:
+    """[F, n] shares of each feature's firings in the n equal parts of (0, top]; NaN for those that never fired.
 
-    Inside a bin, firings are taken to lie evenly in log activation; the last bin ends at the maximum.
+    low, high, count: of the log-spaced bars of all histograms, one feature's after another's. bars: [F] how many each has.
+    top: [F] the maxima. Inside a bar, firings are taken to lie evenly in log activation; the last one ends at the maximum.
     """
-    if not histogram or top <= 0:
-        return []
-    low, high, count = (np.array([getattr(b, name) for b in histogram]) for name in ("low", "high", "count"))
-    high[-1] = max(top, low[-1] * (1 + 1e-6))
-    edges = np.log(np.maximum(top * np.arange(n + 1) / n, np.finfo(float).tiny))
-    below = ((edges[:, None] - np.log(low)) / (np.log(high) - np.log(low))).clip(
-        0, 1
-    )  # [n + 1, bins] part below each edge
-    below[-1] = 1
-    return (np.diff(below, axis=0) @ count / count.sum()).tolist()
+    has, ends = bars > 0, np.cumsum(bars)
+    last = ends[has] - 1
+    low, high = low.astype(float), high.astype(float)
+    high[last] = np.maximum(top[has], low[last] * (1 + 1e-6))
+    edges = np.log(np.maximum(top[:, None] * np.arange(n + 1) / n, np.finfo(float).tiny))
+    below = np.repeat(edges, bars, axis=0) - np.log(low)[:, None]
+    below = (below / np.log(high / low)[:, None]).clip(0, 1)  # [bars, n + 1] the part of each below each edge
+    below[:, -1] = 1
+    found = np.full((len(bars), n), np.nan)
+    if has.any():
+        found[has] = np.add.reduceat(np.diff(below, axis=1) * count[:, None], (ends - bars)[has])
+    return found / found.sum(axis=1, keepdims=True)

@@ -19,7 +19,7 @@ def feature_figure(feature: Feature, tokens: int = 8) -> Figure:
     """Histogram of activations, strongest tokens, and the logits that the direction moves."""
     from matplotlib.figure import Figure
 
-    from saekit.display.drawing import drawable
+    from saekit.lens.drawing import drawable
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     histogram, strongest, logits = figure.subplots(1, 3)
@@ -53,7 +53,7 @@ def catalog_figure(catalog: Catalog) -> Figure:
     """How often the features fire, and how well the explanation shown of each predicts it."""
     from matplotlib.figure import Figure
 
-    from saekit.display.drawing import drawable
+    from saekit.lens.drawing import drawable
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     density, score = figure.subplots(1, 2)
@@ -83,7 +83,7 @@ def catalog_figure(catalog: Catalog) -> Figure:
 
 
 def _bars(axes: Any, rows: list[tuple[str, float]], colour: str) -> None:
-    from saekit.display.drawing import drawable_token
+    from saekit.lens.drawing import drawable_token
 
     axes.barh(range(len(rows)), [value for _, value in rows], color=colour)
     axes.set_yticks(range(len(rows)), [drawable_token(token) for token, _ in rows], fontsize=8)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -84,18 +86,28 @@ class Said:
 
     def of(self, feature: int) -> list[Explanation]:
         """All explanations of a feature, each with its scores, in the order in which they were written."""
-        start, end = np.searchsorted(self._features, [feature, feature + 1]).tolist()
-        return [self._explanation(i) for i in range(start, end)]
+        return self.stretch(feature, feature + 1)[0]
 
-    def _explanation(self, i: int) -> Explanation:
-        start, end = np.searchsorted(self._sorted, [i, i + 1])
-        fields = ("scorer", "judge", "judge_prompt", "score", "control", "n", "failures")
-        scores = [
-            Score(**{name: row[name] for name in fields})
-            for row in self._scores.take(self._order[start:end]).to_pylist()
+    def stretch(self, start: int, end: int) -> list[list[Explanation]]:
+        """Those of each of the features start … end − 1."""
+        bounds = np.searchsorted(self._features, np.arange(start, end + 1))
+        scored = slice(*np.searchsorted(self._sorted, bounds[[0, -1]]).tolist())
+        about: dict[int, list[Score]] = defaultdict(list)
+        rows = self._scores.select(Score.__dataclass_fields__).take(self._order[scored]).to_pylist()
+        for i, row in zip(self._sorted[scored].tolist(), rows, strict=True):
+            about[i].append(Score(**row))
+        return [
+            [self._explanation(i, about[i]) for i in range(first, last)]
+            for first, last in pairwise(bounds.tolist())
         ]
+
+    def _explanation(self, i: int, scores: list[Score]) -> Explanation:
         texts, measure = {name: column[i] for name, column in self._texts.items()}, float(self._measure[i])
         return Explanation(**texts, scores=scores, score=None if np.isnan(measure) else measure)
+
+    def methods(self) -> Counter[str]:
+        """How many explanations there are by each method."""
+        return Counter(self._texts["method"])
 
     def beyond_tables(self) -> list[tuple[int, str]]:
         """(feature, words) of the explanations that say more than the tables of tokens and logits do."""

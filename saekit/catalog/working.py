@@ -33,7 +33,7 @@ def working(folder: Path) -> Iterator[Path]:
 
     Raises `InvalidInput` where another process is building there. On the way out it is removed if nothing is left in it.
     """
-    place = folder.with_name(f"{folder.name}.building")
+    place = _place(folder)
     try:
         with exclusive(place, what="catalog"):
             _tidy(place, folder)
@@ -41,6 +41,15 @@ def working(folder: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # there is something to go on from
             place.rmdir()
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a build of the catalog (or of the catalogs) at `folder` was stopped and has left something to go on from."""
+    return (_place(folder) / STATE).exists()
+
+
+def _place(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.building")
 
 
 def _tidy(place: Path, folder: Path) -> None:

@@ -16,7 +16,11 @@ from saekit.errors import InvalidInput, SaekitError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    options = _options(parser, arguments)
     try:
         options.run(options)
     except KeyboardInterrupt:
@@ -26,6 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # a defect, or a library's own error: one line all the same
         return _fail(options, error, f"unexpected {type(error).__name__}: {error} (--debug shows where)")
     return 0
+
+
+def _options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments parsed; overrides of a recipe may also come after options, where argparse takes none."""
+    options, left = parser.parse_known_args(arguments)
+    late = [argument for argument in left if "=" in argument and not argument.startswith("-")]
+    if late == left and hasattr(options, "overrides"):
+        options.overrides += late
+    elif left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return options
 
 
 def _fail(options: argparse.Namespace, error: BaseException, text: str | None = None) -> int:

@@ -211,18 +211,27 @@ def _features(text: str) -> list[int]:
 
 def _catalog_build(options: argparse.Namespace) -> None:
     from saekit import SAE, Catalog, tokenize
+    from saekit.catalog.working import unfinished
     from saekit.console import CatalogProgress
     from saekit.text import place
 
     saes = [SAE.load(sae) for sae in options.saes]
     model = model_of(options, saes[0].model_name)
     tokens = tokenize(place(options.text), model, options.context_size)
-    made: Any = Catalog.build(
-        model, saes if len(saes) > 1 else saes[0], tokens, options.out, max_tokens=options.tokens,
-        contexts=options.contexts, window=options.window, bands=options.bands, per_band=options.per_band,
-        sample_rows=options.sample_rows, include_special=options.include_special, licence=options.licence,
-        part=options.part, resume=not options.restart, progress=CatalogProgress(),
-    )  # fmt: skip
+    try:
+        with CatalogProgress() as progress:
+            made: Any = Catalog.build(
+                model, saes if len(saes) > 1 else saes[0], tokens, options.out, max_tokens=options.tokens,
+                contexts=options.contexts, window=options.window, bands=options.bands, per_band=options.per_band,
+                sample_rows=options.sample_rows, include_special=options.include_special, licence=options.licence,
+                part=options.part, resume=not options.restart, progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt as error:
+        if not unfinished(Path(options.out)):
+            raise
+        raise InvalidInput(
+            f"catalog {options.out}: stopped; the same command goes on where it was (--restart begins anew)"
+        ) from error
     if options.part:
         print_json({"path": str(made)}) if options.json else print(made)
     else:
@@ -277,7 +286,8 @@ def _catalog_explain(options: argparse.Namespace) -> None:
                 raise InvalidInput("explain: --yes starts it where nobody can be asked")
             if input("start? [y/N] ").strip().lower() not in ("y", "yes"):
                 raise InvalidInput("explain: not started")
-        done = made.run(AnswersProgress())
+        with AnswersProgress() as progress:
+            done = made.run(progress)
     if options.json:
         print_json(asdict(done))
         return
@@ -460,8 +470,9 @@ def _lines(file: str) -> list[str]:
     """The lines of a text file that say something. Raises `FileMissing`, or `InvalidInput` for one that is no UTF-8 text."""
     from saekit.files import existing
 
+    path = existing(file, "prompts")
     try:
-        text = existing(file, "prompts").read_text("utf-8")
+        text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"prompts {file}: not a text file ({error})") from error
     return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,6 +1,5 @@
 """What features, catalogs, comparisons and sweeps show of themselves: HTML in a notebook, coloured text in a terminal.
 
-html · svg · terminal ─▶ feature ─▶ catalog
-                      ─▶ comparison · sweep
-drawing: texts that matplotlib can draw
+colours ─▶ html · svg · terminal ─▶ feature ─▶ catalog
+                                 ─▶ comparison · sweep · reading
 """

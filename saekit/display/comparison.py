@@ -15,7 +15,7 @@ from saekit.display import html
 from saekit.display.terminal import DOWN, SOFT, STRONG, UP, line, listed, token
 from saekit.lens.tokens import visible
 from saekit.steering.compare import Comparison, Odds
-from saekit.steering.generate import Prompt
+from saekit.steering.generate import Said
 
 WIDEST = 72  # points of a bar for the likeliest token
 LEGEND = "what differs: blue where the steered model finds it likelier, orange where the plain one does"
@@ -30,7 +30,7 @@ def differing(one: Sequence[str], other: Sequence[str]) -> tuple[list[bool], lis
     return changed
 
 
-def prompt_text(prompt: Prompt) -> str:
+def prompt_text(prompt: Said) -> str:
     """A prompt as it is read; of a chat each message in a line of its own, after who speaks."""
     if isinstance(prompt, str):
         return prompt

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saekit.catalog.feature import Context, Feature
-from saekit.console import context_text
+from saekit.console import ContextText
 from saekit.display import html, svg
 from saekit.display.terminal import DOWN, SOFT, STRONG, UP, line, listed, named, spark, token
 
@@ -221,5 +221,5 @@ def _contexts_text(contexts: Sequence[Context], top: float) -> Table:
     grid.add_column(overflow="fold", ratio=1)
     for context in contexts:
         sink = " (sink)" if context.sink else ""
-        grid.add_row(f"{context.max_activation:.3g}{sink}", context_text(context, top))
+        grid.add_row(f"{context.max_activation:.3g}{sink}", ContextText(context, top))
     return grid

@@ -11,7 +11,7 @@ import hashlib
 import html
 from collections.abc import Iterable, Sequence
 
-from saekit.lens.colours import ABOVE, BELOW, SILENT
+from saekit.display.colours import ABOVE, BELOW, SILENT
 from saekit.lens.tokens import visible
 
 _RULES = """
@@ -102,7 +102,7 @@ def grounds(tokens: Iterable[tuple[str, float, str]], peak: int | None = None) -
     parts = []
     for i, (token, level, title) in enumerate(tokens):
         shown = literal(token)
-        if abs(level) < SILENT and i != peak:
+        if not abs(level) >= SILENT and i != peak:  # also what is no number
             parts.append(shown)
             continue
         kind = " ".join(["below"] * (level < 0) + ["peak"] * (i == peak))

@@ -114,18 +114,24 @@ def _curves(sweep: SteeringSweep, name: str) -> list[svg.Curve]:
 
 
 def sweep_text(sweep: SteeringSweep) -> Group:
-    """The table and the texts, as coloured text; the suggested row stands out."""
+    """The table and the texts, as coloured text; the suggested row stands out. One place for all rows is told once."""
     knee = sweep.knee()
-    rows = [[Text(cell, SOFT) for cell in ("plain", *_plain(sweep))]]
+    places = {row.place for row in sweep}
+    alone = len(places) == 1
+    rows = [[Text(cell, SOFT) for cell in ("plain", *_plain(sweep)[alone:])]]
     for row in sweep:
         style = "bold green" if row is knee else ""
-        rows.append([line(cell, style) for cell in (row.place, *_cells(sweep, row))])
-    made = table(_columns(sweep), rows)
+        rows.append([line(cell, style) for cell in (row.place, *_cells(sweep, row))[alone:]])
+    made = table(_columns(sweep)[alone:], rows)
     for column in made.columns[1:]:
         column.justify = "right"
+    told = [
+        ("plain", "", line(sweep.plain_text, SOFT)),
+        *((row.place, f"{row.strength:g}", line(row.text, "green" if row is knee else "")) for row in sweep),
+    ]
     texts = table(
-        ("place", "strength", "text"),
-        [("plain", "", line(sweep.plain_text, SOFT))]
-        + [(row.place, f"{row.strength:g}", line(row.text, "green" if row is knee else "")) for row in sweep],
+        ("strength", "text") if alone else ("place", "strength", "text"),
+        [(strength or place, text) if alone else (place, strength, text) for place, strength, text in told],
     )
-    return Group(made, line(sweep.suggestion, STRONG), Text(""), texts)
+    head = [line(f"at {place}", SOFT) for place in places if alone]
+    return Group(*head, made, line(sweep.suggestion, STRONG), Text(""), texts)

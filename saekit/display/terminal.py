@@ -55,12 +55,16 @@ def spark(counts: Sequence[float]) -> str:
     return "".join(BLOCKS[0 if n <= 0 else max(1, round(8 * n / most))] for n in counts)
 
 
-def pretty(what: Shown, p: Any) -> None:
-    """For IPython: coloured where it runs in a terminal that has colours, as `print` has it elsewhere."""
+def in_colour(what: Shown) -> str | None:
+    """As `print` can show it on this terminal; None where there is no terminal, or one without colours."""
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=sys.stdout.isatty(), highlight=False)
     if not console.is_terminal or console.color_system is None or console.no_color:
-        p.text(str(what))
-        return
+        return None
     console.print(what)
-    p.text(shown.getvalue().rstrip("\n"))
+    return shown.getvalue().rstrip("\n")
+
+
+def pretty(what: Shown, p: Any) -> None:
+    """For IPython: coloured where it runs in a terminal that has colours, as `print` has it elsewhere."""
+    p.text(in_colour(what) or str(what))

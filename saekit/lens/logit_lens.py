@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from saekit.errors import InvalidInput
-from saekit.lens.tokens import check_position, label, token_id, visible
+from saekit.lens.drawing import drawable_token
+from saekit.lens.tokens import check_position, token_id, visible
 from saekit.lm import token_strings
 from saekit.steering.directions.states import text_ids
 
@@ -88,7 +89,7 @@ class LogitLens:
                 axes.text(
                     p,
                     at,
-                    label(self.top[at][p][0].token),
+                    drawable_token(self.top[at][p][0].token),
                     ha="center",
                     va="center",
                     fontsize=6,
@@ -97,12 +98,12 @@ class LogitLens:
         axes.set_yticks(range(len(self.layers)), [str(layer) for layer in self.layers])
         axes.set_xticks(
             range(len(self.positions)),
-            [label(self.tokens[t]) for t in self.positions],
+            [drawable_token(self.tokens[t]) for t in self.positions],
             rotation=90,
             fontsize=7,
         )
         axes.set(xlabel="after token", ylabel="layer")
-        shown = "first guess" if self.token is None else label(self.token)
+        shown = "first guess" if self.token is None else drawable_token(self.token)
         figure.colorbar(image, label=f"probability of {shown}")
         return figure
 

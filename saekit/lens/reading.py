@@ -11,7 +11,7 @@ T tokens, D the site's width.
 
 from __future__ import annotations
 
-import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from saekit.errors import InvalidInput
-from saekit.lens.colours import coloured, in_colour, span
-from saekit.lens.tokens import label, visible
+from saekit.lens.drawing import drawable, drawable_token
+from saekit.lens.tokens import visible
 from saekit.lm import special_ids, token_strings
 from saekit.sites import capture
 from saekit.steering.directions import Direction
@@ -30,7 +30,7 @@ from saekit.steering.edits import Steerable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.text import Text
+    from rich.console import RenderableType
     from transformer_lens.model_bridge import TransformerBridge
 
 
@@ -46,8 +46,9 @@ class Track:
     scale: float  # distance from zero that has the full colour
 
     def level(self, position: int) -> float:
-        """From −1 to 1: which colour a token has."""
-        return max(-1.0, min(1.0, (self.values[position] - self.zero) / self.scale)) if self.scale else 0.0
+        """From −1 to 1: which colour a token has; 0 for what is no number."""
+        level = (self.values[position] - self.zero) / self.scale if self.scale else 0.0
+        return 0.0 if math.isnan(level) else max(-1.0, min(1.0, level))
 
     @property
     def title(self) -> str:
@@ -65,21 +66,29 @@ class Reading:
     special: tuple[bool, ...]  # BOS, EOS and pad: shown without colour, and no part of any scale
     tracks: tuple[Track, ...] = field(repr=False)
 
-    def __rich__(self) -> Text:
-        from rich.text import Text
+    def _repr_html_(self) -> str:
+        from saekit.display.reading import reading_html
 
-        parts: list[Text] = []
-        for track in self.tracks:
-            parts += [Text(visible(track.title), "bold"), coloured(self._levels(track))]
-        return Text("\n").join(parts)
+        return reading_html(self)
+
+    def __rich__(self) -> RenderableType:
+        from saekit.display.reading import reading_text
+
+        return reading_text(self)
+
+    def _repr_pretty_(self, p: Any, cycle: bool) -> None:
+        """IPython's."""
+        p.text(str(self))
 
     def __str__(self) -> str:
         """Coloured text on a terminal, a table with a line for each token elsewhere."""
-        return in_colour(self.__rich__()) or self.table()
+        from saekit.display.terminal import in_colour
+
+        return in_colour(self) or self.table()
 
     def table(self) -> str:
         """Every value, a line for each token."""
-        names = [label(token).replace(r"\$", "$") for token in self.tokens]
+        names = [repr(visible(token)) for token in self.tokens]
         wide = max(len(name) for name in names)
         lines = [f"[{i}] {visible(track.title)}" for i, track in enumerate(self.tracks)]
         lines.append(" " * (wide + 6) + " ".join(f"{f'[{i}]':>10}" for i in range(len(self.tracks))))
@@ -87,19 +96,6 @@ class Reading:
             values = " ".join(f"{track.values[t]:>10.4g}" for track in self.tracks)
             lines.append(f"{t:>4}  {name:<{wide}}{values}")
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        rows = []
-        for track in self.tracks:
-            spans = "".join(
-                span(token, level, f"{t}: {track.values[t]:.4g}")
-                for t, (token, level) in enumerate(self._levels(track))
-            )
-            rows.append(
-                f'<div style="font-weight:bold">{html.escape(visible(track.title))}</div>'
-                f'<div style="white-space:pre-wrap;line-height:1.6;font-family:monospace">{spans}</div>'
-            )
-        return "".join(rows)
 
     def figure(self) -> Figure:
         """A matplotlib figure: a row of bars for each track, from its zero."""
@@ -115,9 +111,10 @@ class Reading:
             ]
             axes.bar(range(len(heights)), heights, bottom=track.zero, color="#4878a8")
             axes.axhline(track.zero, color="black", linewidth=0.6)
-            axes.set_title(visible(track.title).replace("$", r"\$"), fontsize=8)
+            axes.set_title(drawable(track.title), fontsize=8)
+            axes.set_ylabel(track.kind, fontsize=8)
         rows[-1].set_xticks(
-            range(len(self.tokens)), [label(token) for token in self.tokens], rotation=90, fontsize=7
+            range(len(self.tokens)), [drawable_token(token) for token in self.tokens], rotation=90, fontsize=7
         )
         return figure
 
@@ -135,7 +132,8 @@ class Reading:
         ]
         return {"tokens": list(self.tokens), "tracks": tracks}
 
-    def _levels(self, track: Track) -> list[tuple[str, float]]:
+    def levels(self, track: Track) -> list[tuple[str, float]]:
+        """(token, level from −1 to 1) of the text."""
         return [
             (token, 0.0 if special else track.level(t))
             for t, (token, special) in enumerate(zip(self.tokens, self.special, strict=True))

@@ -41,8 +41,3 @@ def check_position(position: int, length: int) -> int:
 def visible(token: str) -> str:
     """A token of any text made harmless for a screen: control characters and bidi overrides show as escapes."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in token)
-
-
-def label(token: str) -> str:
-    """A token as a label of a figure or table: quoted, in one line; a dollar would start mathematics in matplotlib."""
-    return repr(visible(token)).replace("$", r"\$")

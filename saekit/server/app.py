@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -50,6 +52,11 @@ def listen(port: int) -> socket.socket:
     try:
         return socket.create_server((HOST, port))
     except OSError as error:
+        why = (
+            "is in use"
+            if error.errno == errno.EADDRINUSE
+            else f"cannot be used ({os.strerror(error.errno or 0)})"
+        )
         raise InvalidInput(
-            f"serve: port {port} cannot be used ({error}); name another with --port"
+            f"serve: port {port} {why}; name another with --port, or 0 for any free one"
         ) from error

@@ -14,7 +14,6 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from saekit.catalog.firing import firing
@@ -22,7 +21,7 @@ from saekit.errors import InvalidInput
 from saekit.lm import token_strings
 from saekit.server.questions import ActivationsQuestion, SteerQuestion, StreamQuestion, SweepQuestion
 from saekit.server.turns import Event, Job, Left
-from saekit.steering.compare import TOP
+from saekit.steering.compare import TOP, next_token_probabilities
 from saekit.steering.edits import Edit
 from saekit.steering.generate import Generated, generate, prompt_ids, stream_rows
 from saekit.steering.judging import distinct, kl_parts, perplexity, reactivation, repetition
@@ -58,7 +57,7 @@ class Live:
             began, rows = time.perf_counter(), list(sides.values())
             with leash(model, left):
                 with steer(model, rows=rows, positions=question.positions):
-                    p = next_p(model, ids, len(rows))
+                    p = next_token_probabilities(model, ids.expand(len(rows), -1))
                     yield {
                         "event": "start",
                         "sides": list(sides),
@@ -157,13 +156,13 @@ class _Judge:
 
     def __init__(self, model: TransformerBridge, question: SweepQuestion, ids: Tensor, about: Edit) -> None:
         self.model, self.question, self.ids, self.about = model, question, ids, about
-        self.plain_p = next_p(model, ids, 1)[0]
+        self.plain_p = next_token_probabilities(model, ids[None])[0]
 
     def __call__(self, rows: Sequence[list[Edit]]) -> Iterator[tuple[Figures, str]]:
         """(figures, text of the first sample) of each row's edits, one after the other."""
         asked, n = self.question, self.question.samples
         with steer(self.model, rows=rows, positions=asked.positions):
-            p = next_p(self.model, self.ids, len(rows))
+            p = next_token_probabilities(self.model, self.ids.expand(len(rows), -1))
         with steer(self.model, rows=[row for row in rows for _ in range(n)], positions=asked.positions):
             made = generate(
                 self.model,
@@ -206,12 +205,6 @@ def leash(model: TransformerBridge, left: threading.Event) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@torch.no_grad()
-def next_p(model: TransformerBridge, ids: Tensor, rows: int) -> Tensor:
-    """[rows, V] probabilities of the token after ids [T], under each row's edits."""
-    return model(ids.expand(rows, -1))[:, -1].float().softmax(-1).cpu()
 
 
 def strangeness(model: TransformerBridge, made: Generated) -> float:

@@ -43,6 +43,17 @@ if TYPE_CHECKING:
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}  # whatever the system believes
 
 
+def _no_such_path(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    said = (
+        f"{path} does not take {request.method}"
+        if error.status_code == 405
+        else f"there is nothing at {path}"
+    )
+    return error_answer(error.status_code, f"{said}; GET /api lists what can be asked")
+
+
 def application(
     catalog: Catalog, model: TransformerBridge, port: int, *, waiting: int = WAITING
 ) -> Starlette:
@@ -91,7 +102,7 @@ def application(
         middleware=[Middleware(Guard, port=port)],
         exception_handlers={
             **dict.fromkeys((SaekitError, BodyTooLarge, BodyTooSlow, Crowded, Stopping, Exception), refused),
-            HTTPException: lambda request, error: error_answer(error.status_code, error.detail),
+            HTTPException: _no_such_path,
         },
         lifespan=life,
     )

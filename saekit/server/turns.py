@@ -18,6 +18,8 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 Event = dict[str, Any]
 Job = Callable[[threading.Event], Generator[Event]]  # told whether its client has left → what it finds out
 
@@ -43,7 +45,11 @@ class Turns:
         self.waiting = waiting
         self.stopping = False
         self.line: list[Turn] = []  # the first is being answered
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saekit-model")
+        # Its share of the processor is fixed here: a thread takes what torch is set to when it first computes, for good,
+        # and the page's map is made under a setting of its own.
+        self._thread = ThreadPoolExecutor(
+            1, "saekit-model", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+        )
 
     def join(self) -> Turn:
         """A place at the end of the line. Raises `Crowded` where there is none, `Stopping` once the server stops."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saekit.lm import special_ids, token_strings
 from saekit.steering.edits import Edit
-from saekit.steering.generate import Generated, Prompt, generate, prompt_ids
+from saekit.steering.generate import Generated, Prompt, Said, generate, prompt_ids
 from saekit.steering.judging import kl_parts, token_log_probs
 from saekit.steering.positions import Positions
 from saekit.steering.steer import steer
@@ -36,7 +36,7 @@ class Odds(NamedTuple):
 class Comparison:
     """Plain and steered text beside each other."""
 
-    prompt: Prompt
+    prompt: Said  # of ids: the text they stand for
     edits: tuple[Edit, ...]
     plain: str  # prompt and continuation
     steered: str  # prompt and continuation
@@ -107,14 +107,16 @@ def compare(
     edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
     ids = prompt_ids(model, prompt, max_new_tokens)
     options = {"seed": seed, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    plain_p = next_token_probabilities(model, ids[None])
+    plain_p = next_token_probabilities(model, ids[None])[0]
     (plain,) = generate(model, [prompt], max_new_tokens, **options)  # type: ignore[arg-type]
     with steer(model, edits, positions=positions):
-        steered_p = next_token_probabilities(model, ids[None])
+        steered_p = next_token_probabilities(model, ids[None])[0]
         (steered,) = generate(model, [prompt], max_new_tokens, **options)  # type: ignore[arg-type]
     parts = kl_parts(steered_p, plain_p)
     return Comparison(
-        prompt=prompt,
+        prompt=model.tokenizer.decode(ids, skip_special_tokens=True)
+        if isinstance(prompt, Tensor)
+        else prompt,
         edits=edits,
         plain=plain.text,
         steered=steered.text,
@@ -137,9 +139,10 @@ def _top(model: TransformerBridge, of: Tensor) -> list[tuple[str, int]]:
 
 
 @torch.no_grad()
+@torch.no_grad()
 def next_token_probabilities(model: TransformerBridge, ids: Tensor) -> Tensor:
-    """[V] probabilities of the token after ids [1, T], float32 on the CPU."""
-    return model(ids)[0, -1].float().softmax(-1).cpu()
+    """[N, V] probabilities of the token after ids [N, T], float32 on the CPU."""
+    return model(ids)[:, -1].float().softmax(-1).cpu()
 
 
 def _odds(

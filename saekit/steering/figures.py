@@ -56,7 +56,7 @@ def sweep_figure(sweep: SteeringSweep) -> Figure:
 
 
 def _curve(axes: Any, sweep: SteeringSweep, place: str, name: str, colour: str) -> None:
-    from saekit.display.drawing import drawable
+    from saekit.lens.drawing import drawable
 
     rows = sorted((row for row in sweep if row.place == place), key=lambda row: row.strength)
     x = [row.strength for row in rows]
@@ -76,7 +76,7 @@ def comparison_figure(side: Comparison) -> Figure:
     """The probabilities that moved, and the log-probability of each token of both texts under both models."""
     from matplotlib.figure import Figure
 
-    from saekit.display.drawing import drawable, drawable_token
+    from saekit.lens.drawing import drawable, drawable_token
 
     longest = max(len(side.plain_odds), len(side.steered_odds), 1)
     figure = Figure(figsize=(4.5 + min(30.0, max(4.5, 0.26 * longest)), 5.2), layout="constrained")
@@ -103,7 +103,7 @@ def comparison_figure(side: Comparison) -> Figure:
 
 
 def _odds(axes: Any, name: str, odds: Sequence[Odds]) -> None:
-    from saekit.display.drawing import drawable_token
+    from saekit.lens.drawing import drawable_token
 
     at = range(len(odds))
     axes.plot(at, [o.plain for o in odds], color=GREY, marker="o", markersize=3, label="plain model")

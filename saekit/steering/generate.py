@@ -24,7 +24,8 @@ from saekit.unwrapped import unwrapped
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-Prompt = str | Sequence[Mapping[str, str]]  # a text, or a chat's messages: {"role": …, "content": …}
+Said = str | Sequence[Mapping[str, str]]  # a text, or a chat's messages: {"role": …, "content": …}
+Prompt = Said | Tensor  # or ids [T]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def generate(
 ) -> list[Generated]:
     """Continue each prompt.
 
-    prompts: texts, or lists of chat messages, which go through the tokenizer's chat template.
+    prompts: texts; lists of chat messages, which go through the tokenizer's chat template; or ids [T], taken as they are.
     seed: of row 0, and one more for each further row; or one for each row. temperature: 0 is greedy.
     Raises `InvalidInput` for an empty prompt, one that leaves no room in the context, a chat without a template, or
     sampling options out of range.
@@ -135,6 +136,15 @@ def prompt_ids(model: TransformerBridge, prompt: Prompt, max_new_tokens: int) ->
         if not prompt:
             raise InvalidInput("prompt: expected a text, got ''")
         ids = model.to_tokens(prompt, truncate=False)[0]
+    elif isinstance(prompt, Tensor):
+        vocabulary = model.cfg.d_vocab
+        if prompt.dtype != torch.int64 or prompt.ndim != 1 or not len(prompt):
+            raise InvalidInput(f"prompt: expected ids [T], int64, got {prompt.dtype} {list(prompt.shape)}")
+        if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocabulary:
+            raise InvalidInput(
+                f"prompt: ids from 0 to {vocabulary - 1} expected, got {int(prompt.min())} to {int(prompt.max())}"
+            )
+        ids = prompt.to(model.cfg.device)
     else:
         ids = torch.tensor(_chat_ids(model, prompt), device=model.cfg.device)
     if len(ids) + max_new_tokens > model.cfg.n_ctx:
@@ -219,7 +229,7 @@ class _Rows:
         for row, prompt in enumerate(prompts):
             text[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
-        self._stops = torch.tensor(stops, device=text.device)
+        self._stops = torch.tensor(stops, dtype=torch.int64, device=text.device)
         self._prompts, self._past = prompts, None
         self._new = [text]  # what the model has yet to read, and then what it has drawn, [N, 1] each
         self._mask = None if bool(mask.all()) else mask  # a batch without padding needs none

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from saekit.errors import InvalidInput
 from saekit.steering.directions import Direction
@@ -259,7 +260,7 @@ def sweep(
 
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or bool(prompts and isinstance(prompts[0], Mapping))
+    return isinstance(prompts, (str, Tensor)) or bool(prompts and isinstance(prompts[0], Mapping))
 
 
 def _of(how: Callable[[list[float]], float], figures: Sequence[Figures]) -> Figures:

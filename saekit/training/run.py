@@ -372,20 +372,17 @@ class _Session:
         )
 
     def _finish(self) -> Run | Sweep:
-        """Evaluate, write every `final`, and only then the last checkpoint, which is what makes a run finished.
-
-        What comes after it, reports and W&B, is about a run that is whole.
-        """
-        self.reporter.line(f"evaluating on up to {self.recipe.training.evaluate_tokens:,} held-out tokens")
+        """Evaluate, write every `final` and report, and only then the last checkpoint, which is what makes a run finished."""
+        self.reporter.line(f"evaluating on about {self.recipe.training.evaluate_tokens:,} held-out tokens")
         found = self._evaluate()
         for trainee, evaluation in zip(self.trainees, found, strict=True):
             trainee.finish(evaluation)
         pictures: list[Path] = []
         if self.recipe.is_sweep:
             self.ranks.first(lambda: pictures.append(pareto_of_sweep(self.path)))
-        self._checkpoint()
         if self.recipe.report:
             self._report(found)
+        self._checkpoint()
         if not self.ranks.alone:
             self.ranks.first(lambda: self._publish(found, pictures))
             return _finished(self.path, self.recipe)
@@ -397,14 +394,14 @@ class _Session:
         return Sweep(self.path, tuple(runs)) if self.recipe.is_sweep else runs[0]
 
     def _report(self, found: list[Evaluation]) -> None:
-        """Write the report of each SAE. The run is finished by now, so what goes wrong here is told and ends nothing."""
+        """Write the report of each SAE. Its training is done and saved, so what goes wrong here is told and ends nothing."""
         for trainee, evaluation in zip(self.trainees, found, strict=True):
             try:
                 path = trainee.report(self.recipe, self.model, self.held_out, evaluation)
             except (
                 Exception
             ) as error:  # of a picture, of a full disk, of a model that is odd: of a dozen kinds
-                self.reporter.line(f"no report in {trainee.folder} ({first_line(error)}); the run is whole")
+                self.reporter.line(f"no report in {trainee.folder} ({first_line(error)}); all else of the run is there")
             else:
                 if path is not None:
                     self.reporter.line(f"report: {path}")

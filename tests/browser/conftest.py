@@ -8,14 +8,15 @@ the test when the test ends.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
 
-import saekit
 from saekit import embedded
 from saekit.catalog import Catalog
 
@@ -83,11 +84,14 @@ def tiny_catalog() -> Catalog:
 
 
 @pytest.fixture(scope="session")
-def tiny_site(tiny_catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its page, with the prompts view."""
-    folder = tmp_path_factory.mktemp("tiny") / "site"
-    return tiny_catalog.page(
-        folder,
-        prompts=["Mike pulls out his", "Once upon a time there was a little boat."],
-        model=saekit.load_model("tiny"),
-    )
+def tiny_site(
+    tiny_catalog: Catalog, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Path:
+    """Its page, with the prompts view; made once for all processes of a run."""
+    prompts = ["Mike pulls out his", "Once upon a time there was a little boat."]
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny-site"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            tiny_catalog.page(folder, prompts=prompts, model=request.getfixturevalue("model"))
+    return folder

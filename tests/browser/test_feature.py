@@ -35,8 +35,8 @@ def short(number: float) -> str:
 
 
 def one_in(density: float) -> str:
-    """As the page has it: from a density of three digits, to three digits."""
-    return f"1 in {float(f'{1 / float(short(density)):.3g}'):,.0f} tokens"
+    """As the page has it: from a density of three digits, to two."""
+    return f"1 in {float(f'{1 / float(short(density)):.2g}'):,.0f} tokens"
 
 
 def shown_value(token: Locator) -> str:

@@ -280,6 +280,40 @@ def test_a_page_of_chosen_features(open_page: OpenPage, tiny_catalog: Catalog, t
     assert page.inner_text("[role=alert]") == f"There is no feature {other} on this page."
 
 
+def test_a_view_left_before_its_data_came_leaves_nothing_behind(open_page: OpenPage, tiny_site: Path) -> None:
+    page = open_page(tiny_site, "#about")
+    assert page.evaluate("() => leaving.length") == 0
+    for address, data in (("#map", "map"), ("#prompts", "prompts"), ("#7", "shard-0")):
+        page.evaluate(
+            """async ([address, data]) => {
+                const value = await load(data);
+                loaded.set(data, new Promise((resolve) => (window.come = () => resolve(value))));
+                location.hash = address;
+                await new Promise((turned) => addEventListener("hashchange", () => setTimeout(turned), { once: true }));
+                location.hash = "#about";
+                await new Promise((turned) => addEventListener("hashchange", () => setTimeout(turned), { once: true }));
+                come();
+                await new Promise((turned) => setTimeout(turned));
+            }""",
+            [address, data],
+        )
+        assert page.evaluate("() => leaving.length") == 0, address
+        assert page.inner_text("h2") == "About this catalog"
+        assert page.get_attribute("body", "data-view") == "about"
+
+
+@pytest.mark.parametrize("width", [800, 1000])
+def test_on_a_tablet_the_list_gives_way(open_page: OpenPage, tiny_site: Path, width: int) -> None:
+    page = open_page(tiny_site, "#3900", width=width)
+    share = page.evaluate("() => document.getElementById('view').offsetWidth / innerWidth")
+    assert share > 0.6
+    page.click("#ranges summary")
+    for part in page.locator("#ranges p span, #rows .index, #ranges summary").all():
+        assert part.evaluate(
+            "part => part.scrollWidth <= part.clientWidth || getComputedStyle(part).display === 'inline'"
+        )
+
+
 def test_what_is_not_there_is_said(open_page: OpenPage, tiny_site: Path) -> None:
     page = open_page(tiny_site, "#9999")
     assert page.inner_text("[role=alert]") == "There is no feature 9999 in this catalog."

@@ -114,6 +114,28 @@ def test_drag_moves_the_map_and_opens_nothing(open_page: OpenPage, tiny_site: Pa
     drawn(page, zoom="1.00")
 
 
+def test_the_features_worth_a_first_look_are_named(open_page: OpenPage, tiny_site: Path) -> None:
+    page = open_page(tiny_site)
+    page.evaluate(
+        """() => {
+            const pen = CanvasRenderingContext2D.prototype, fillText = pen.fillText;
+            window.written = [];
+            pen.fillText = function (text, ...at) { written.push(text); return fillText.call(this, text, ...at); };
+        }"""
+    )
+    examples = page.locator(".examples bdi").all_inner_texts()
+    names = {" · ".join(name.split(" · ")[:2]) for name in examples}
+    page.evaluate("() => { location.hash = '#map' }")
+    drawn(page, zoom="1.00")
+    assert len(names & {*page.evaluate("() => written")}) > len(names) / 2  # those that have room
+    page.fill("#query", "zzzzqqq")
+    drawn(page, highlighted="0")
+    page.evaluate("() => { written.length = 0; dispatchEvent(new Event('resize')) }")
+    page.set_viewport_size({"width": 1200, "height": 800})
+    page.wait_for_function("() => document.querySelector('.map-plane canvas').width < 800")
+    assert page.evaluate("() => written") == []
+
+
 def test_the_search_highlights(open_page: OpenPage, tiny_site: Path) -> None:
     page = open_page(tiny_site, "#map")
     drawn(page, highlighted="all")

@@ -111,8 +111,10 @@ def test_first_steered_text_with_one_key(open_page: OpenPage, playground: str) -
     page.get_by_role("button", name="Copy link").click()
     page.wait_for_url(re.compile("#play.prompt=Mike.*edit=2189:add:0.3:norm"))
     page.get_by_label("new tokens").fill("12")
+    page.evaluate("() => document.activeElement.blur()")  # the key needs no focus
+    assert page.locator("[data-state=idle]").count() == 1
     page.keyboard.press("Control+Enter")
-    ready(page)
+    page.wait_for_selector("[data-state=done]")
     said = texts(page)
     assert "Star" in said["steered"], said
     assert "Star" not in said["plain"], said
@@ -251,6 +253,7 @@ def test_stop_keeps_what_is_written(open_page: OpenPage, playground: str) -> Non
     page.locator(".side.steered .text span").nth(3).wait_for()
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("Stopped.").wait_for()
+    assert page.locator("[data-state=idle]").count() == 1
     assert texts(page)["steered"].strip()
     assert not page.get_by_role("button", name="Stop").count()
 
@@ -288,6 +291,7 @@ def test_the_server_s_words_stand_where_they_belong(open_page: OpenPage, playgro
         page.get_by_text(words).wait_for()
         assert words in place.inner_text()
         assert page.locator(".error:visible").count() == 1
+        assert page.locator("[data-state=failed]").count() == 1
 
 
 def test_a_sweep_marks_the_knee_and_sets_the_strength(open_page: OpenPage, playground: str) -> None:
@@ -315,3 +319,13 @@ def test_a_feature_leads_here_and_a_phone_shows_it(open_page: OpenPage, playgrou
     assert page.locator(".edit .index").all_inner_texts() == [str(JEDI)]
     assert page.evaluate("() => document.documentElement.scrollWidth") == 390
     assert page.evaluate("() => document.querySelector('main').scrollWidth") <= 390
+    steer = page.get_by_role("button", name="Steer", exact=True)
+    for end in (0, 1e6):  # within reach from everywhere, and over nothing that cannot be scrolled away
+        page.evaluate("top => document.querySelector('main').scrollTop = top", end)
+        box = steer.bounding_box()
+        assert box
+        assert 0 < box["y"] < 844 - box["height"] - 50
+    last, bar = page.locator(".answer pre").bounding_box(), page.locator(".going").bounding_box()
+    assert last
+    assert bar
+    assert last["y"] + last["height"] < bar["y"]

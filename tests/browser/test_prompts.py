@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import saekit
 from saekit.catalog import Catalog
 from saekit.catalog.firing import Firing, firing
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
+    from transformer_lens.model_bridge import TransformerBridge
 
 OpenPage = Callable[..., "Page"]
 TEXT = "Once upon a time there was a little boat."  # the second that the site of the tests is made with
 
 
 @pytest.fixture(scope="module")
-def fired(tiny_catalog: Catalog) -> Firing:
+def fired(tiny_catalog: Catalog, model: TransformerBridge) -> Firing:
     """What the library says fires on the text; the token that the model adds left out."""
-    found = firing(saekit.load_model("tiny"), tiny_catalog.sae, TEXT)
+    found = firing(model, tiny_catalog.sae, TEXT)
     kept = [i for i, token in enumerate(found.tokens) if token not in tiny_catalog.info["excluded"]]
     return Firing([found.tokens[i] for i in kept], [found.features[i] for i in kept])
 
@@ -45,6 +45,35 @@ def token(page: Page, text: str) -> str:
 def coloured(page: Page) -> list[str]:
     """The tokens that carry a colour."""
     return page.locator(".pickable.fires").all_inner_texts()
+
+
+CONTRAST = """token => {
+    // WCAG 2: of the text to the colour of its token, laid over the paper
+    const pen = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    const pixel = (...colours) => {
+        for (const colour of colours) {
+            pen.fillStyle = colour;
+            pen.fillRect(0, 0, 1, 1);
+        }
+        const [r, g, b] = [...pen.getImageData(0, 0, 1, 1).data].map((x) => x / 255).map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+    };
+    const style = getComputedStyle(token), paper = getComputedStyle(document.body).backgroundColor;
+    const [a, b] = [pixel(paper, style.backgroundColor), pixel(style.color)];
+    return Math.max(a, b) / Math.min(a, b);
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_hottest_token_can_be_read(open_page: OpenPage, tiny_site: Path, scheme: str) -> None:
+    page = open_page(tiny_site, "#prompts/1", scheme=scheme)
+    hottest = page.locator(".pickable").first
+    cold = hottest.evaluate(
+        "token => { token.style.setProperty('--heat', 0); return getComputedStyle(token).backgroundColor }"
+    )
+    hottest.evaluate("token => token.style.setProperty('--heat', 1)")
+    assert hottest.evaluate("token => getComputedStyle(token).backgroundColor") != cold
+    assert hottest.evaluate(CONTRAST) > 4.5
 
 
 def test_texts_are_chosen_from_a_list(open_page: OpenPage, tiny_site: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -452,6 +453,28 @@ def test_a_state_that_was_stopped_between_two_units_is_not_saved(model, tmp_path
     seen: list[Progress] = []
     build(model, sae, ids, tmp_path / "c", progress=seen.append)
     assert len(seen) == 4, "it goes on behind the first unit"
+    assert contents(tmp_path / "c") == contents(build(model, sae, ids, tmp_path / "d"))
+
+
+def test_ctrl_c_in_the_middle_of_a_unit_waits_for_its_end(model, tmp_path, monkeypatch) -> None:
+    sae = SAE.new("topk", d_in=256, d_sae=16, k=2, site=SITE)
+    ids = torch.randint(1, 500, (40, 16), generator=torch.Generator().manual_seed(0))
+    taken: list[int] = []
+
+    def disturbed(state: Any, unit: Any, add: Any = building.State.add) -> None:
+        taken.append(1)
+        if len(taken) == 3:
+            signal.raise_signal(signal.SIGINT)
+        add(state, unit)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(building.State, "add", disturbed)
+        with pytest.raises(KeyboardInterrupt):
+            build(model, sae, ids, tmp_path / "c")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    seen: list[Progress] = []
+    build(model, sae, ids, tmp_path / "c", progress=seen.append)
+    assert len(seen) == 2, "it goes on behind the third unit"
     assert contents(tmp_path / "c") == contents(build(model, sae, ids, tmp_path / "d"))
 
 

@@ -13,7 +13,7 @@ from conftest import sentences
 import saekit
 from saekit.catalog import Catalog
 from saekit.catalog.effects import logit_effects
-from saekit.catalog.feature import Bin, shares
+from saekit.catalog.feature import shares
 from saekit.catalog.tables import SCHEMAS, write_table
 from saekit.errors import FileMissing, InvalidInput, UnknownFeature, UnknownName
 from saekit.sae import SAE
@@ -162,14 +162,24 @@ def test_shares_of_bands_are_near_the_true_ones(brute) -> None:
 
 
 def test_shares_by_hand() -> None:
-    bins = [Bin(0.5, 1.0, 6), Bin(1.0, 4.0, 4)]  # the last one ends at the maximum, 2
-    assert shares(bins, 2.0, 2) == pytest.approx([0.6, 0.4])
-    assert shares(bins, 2.0, 1) == pytest.approx([1.0])
-    assert shares([Bin(1.0, 4.0, 8)], 4.0, 2) == pytest.approx(
-        [0.5, 0.5]
-    )  # 2 is the middle of it in log activation
-    assert shares([], 0.0, 5) == []
-    assert shares([Bin(1.0, 2.0, 3)], 1.0, 2) == pytest.approx([0, 1])  # a maximum on the bin's edge
+    def of(n: int, *features: tuple[float, list[tuple[float, float, int]]]) -> list[list[float]]:
+        columns = np.array([bar for _, bars in features for bar in bars], float).reshape(-1, 3).T
+        tops = np.array([top for top, _ in features])
+        return shares(*columns, np.array([len(bars) for _, bars in features]), tops, n).tolist()
+
+    bars = [(0.5, 1.0, 6), (1.0, 4.0, 4)]  # the last one ends at the maximum, 2
+    assert of(1, (2.0, bars)) == [[1.0]]
+    found = of(
+        2,
+        (2.0, bars),
+        (0.0, []),  # never fired
+        (4.0, [(1.0, 4.0, 8)]),  # 2 is the middle of it in log activation
+        (1.0, [(1.0, 2.0, 3)]),  # a maximum on the bar's edge
+        (0.0, []),
+    )
+    assert [found[0], found[2], found[3]] == [pytest.approx(x) for x in ([0.6, 0.4], [0.5, 0.5], [0, 1])]
+    assert np.isnan([found[1], found[4]]).all()
+    assert np.isnan(of(2, (0.0, []))).all()
 
 
 @pytest.mark.parametrize("index", [0, 11, 22, 23])

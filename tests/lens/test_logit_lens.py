@@ -9,7 +9,7 @@ import torch
 from lens.random_models import EVERY, load
 
 from saekit.errors import InvalidInput
-from saekit.lens.logit_lens import logit_lens
+from saekit.lens.logit_lens import Guess, LogitLens, logit_lens
 from saekit.lens.tokens import token_id
 from saekit.sites import capture
 
@@ -119,3 +119,13 @@ def test_tokens_are_named_by_their_text(model, llama) -> None:
         )
         assert token_id(lm, piece.replace("▁", " ").replace("Ġ", " ")) == vocabulary[piece]
         assert token_id(lm, vocabulary[piece]) == vocabulary[piece]
+
+
+def test_tokens_that_no_font_has_are_drawn_as_escapes(tmp_path) -> None:
+    """matplotlib would warn of each and draw a box."""
+    lens = LogitLens(
+        ("漢", "$x$"), (0, 1), (0,), (((Guess("漢", 0.9),), (Guess("$\\frac{", 0.1),)),), "漢", None
+    )
+    figure = lens.figure()
+    figure.savefig(tmp_path / "f.png")
+    assert [t.get_text() for t in figure.axes[0].texts] == ["'\\u6f22'", "'\\$\\\\frac{'"]

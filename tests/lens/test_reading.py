@@ -126,8 +126,8 @@ def test_html_is_escaped(model) -> None:
     reading = read(model, HOSTILE, Direction(torch.ones(256), SITE_2, "<img src=x onerror=alert(1)>"))
     shown = Only()
     shown.feed(reading._repr_html_())
-    assert shown.tags == {"div", "span"}
-    assert shown.attributes <= {"style", "title"}
+    assert shown.tags == {"div", "style", "b"}
+    assert shown.attributes == {"class", "style", "title"}
     assert "<script>alert(1)</script>" in shown.text
     assert "<img src=x" in shown.text
     assert "\x1b" not in reading._repr_html_()
@@ -139,7 +139,7 @@ def test_a_token_that_is_a_tag_is_escaped() -> None:
     track = Track('"><script>', "s", "activation", (1.0,), 0.0, 1.0)
     shown = Only()
     shown.feed(Reading(("<img src=x>&lt;",), (False,), (track,))._repr_html_())
-    assert shown.tags == {"div", "span"}
+    assert shown.tags == {"div", "style", "b"}
     assert shown.text.endswith("<img src=x>&lt;")
 
 
@@ -208,4 +208,4 @@ def test_a_text_of_special_tokens_alone(model) -> None:
     reading = read(model, "<|endoftext|>", Direction(torch.ones(256), SITE_2))
     assert all(reading.special)
     assert reading.tracks[0].scale == 0
-    assert "style" not in reading._repr_html_().split("</div>")[1].split("monospace", 1)[1]
+    assert "<b" not in reading._repr_html_()

@@ -67,7 +67,8 @@ def test_the_page_knows_that_it_is_live(client: TestClient, catalog: Catalog) ->
     ],
 )
 def test_what_is_not_there(client: TestClient, path: str) -> None:
-    refusal(client.get(path), 404)
+    told = refusal(client.get(path), 404)
+    assert told.endswith("; GET /api lists what can be asked") or path.startswith("/data/shard")
 
 
 def test_steering_is_compare(
@@ -164,7 +165,7 @@ def test_an_unknown_feature(question: Asked, client: TestClient, feature: int) -
 
 
 def test_other_methods_kinds_and_sizes(question: Asked, client: TestClient) -> None:
-    refusal(client.get("/api/steer"), 405)
+    assert "/api/steer does not take GET; GET /api lists" in refusal(client.get("/api/steer"), 405)
     as_a_form = client.post("/api/steer", content=json.dumps(question()))  # what any page's form could send
     refusal(as_a_form, 415)
     text = "x" * 100_000
@@ -222,7 +223,7 @@ def test_serve_listens_on_this_machine_only(
 def test_serve_says_what_is_wrong(
     catalog: Catalog, model: TransformerBridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InvalidInput, match="port"):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InvalidInput, match="is in use"):
         serve(catalog, model, port=taken.getsockname()[1])
     with pytest.raises(InvalidInput, match="port 70000"):
         serve(catalog, model, port=70_000)

@@ -91,7 +91,9 @@ def test_a_text_steered_to_pieces_is_still_json(
     from saekit.server import live
 
     monkeypatch.setattr(live, "strangeness", lambda *_: float("inf"))
-    monkeypatch.setattr(live, "next_p", lambda _, ids, rows: torch.full((rows, 100), torch.nan))
+    monkeypatch.setattr(
+        live, "next_token_probabilities", lambda _, ids: torch.full((len(ids), 100), torch.nan)
+    )
     edits = [{"feature": 3, "strength": 1e6, "unit": "norm"}]
     answer = client.post("/api/stream", json=question(edits=edits))
     start, *_, done = told(answer)

@@ -8,6 +8,7 @@ import torch
 from saekit.steering.compare import compare, spelled
 from saekit.steering.directions import Direction
 from saekit.steering.steer import steer
+from saekit.steering.sweep import sweep
 
 PROMPT = "Mike pulls out his"
 SITE = "blocks.3.hook_resid_pre"
@@ -88,3 +89,17 @@ def test_names_of_positions_spelled_out() -> None:
     assert spelled("prompt", ids, 3, (0,)) == [1, 2]
     assert spelled("last_prompt", ids, 3, (0,)) == [2, 3, 5]
     assert spelled("generated", ids, 3, ()) == [3, 4, 5]
+
+
+def test_ids_may_be_compared_and_swept(model) -> None:
+    ids = model.to_tokens("The king sees")[0]
+    push = Direction(torch.ones(256), "blocks.2.hook_resid_pre")
+    by_ids, by_text = (
+        compare(model, prompt, push.add(3.0), max_new_tokens=3) for prompt in (ids, "The king sees")
+    )
+    assert (by_ids.prompt, by_ids.steered, by_ids.kl) == (by_text.prompt, by_text.steered, by_text.kl)
+    rows = [
+        sweep(model, prompt, push.add, [1.0], max_new_tokens=3, samples=1, controls=1)
+        for prompt in (ids, "The king sees")
+    ]
+    assert rows[0].rows[0].text == rows[1].rows[0].text

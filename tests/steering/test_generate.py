@@ -201,3 +201,19 @@ def test_tensors_may_go_into_autograd_afterwards(model) -> None:
     weight = torch.randn(8192, 4, requires_grad=True)
     torch.nn.functional.embedding(made.ids, weight).sum().backward()
     assert weight.grad is not None
+
+
+def test_ids_are_taken_as_they_are(model) -> None:
+    ids = model.to_tokens(PROMPTS[0])[0]
+    (made,) = generate(model, [ids], 5, seed=2)
+    assert torch.equal(made.ids, generate(model, PROMPTS[:1], 5, seed=2)[0].ids)
+    (without,) = generate(model, [ids[1:]], 5, seed=2)
+    assert without.prompt_length == len(ids) - 1
+    for wrong, message in [
+        (ids[None], r"expected ids \[T\]"),
+        (ids.float(), "int64"),
+        (ids[:0], "expected ids"),
+        (ids - 9_000, "ids from 0 to 8191 expected"),
+    ]:
+        with pytest.raises(InvalidInput, match=message):
+            generate(model, [wrong], 5)

@@ -215,7 +215,7 @@ def test_what_fails_in_a_report_is_told_and_spoils_nothing(recipe, model, tmp_pa
 
     monkeypatch.setattr("saekit.training.report.replace_text", broken)
     run = train(recipe(), model=model, runs=tmp_path, reporter=Told())
-    assert lines[-1] == f"no report in {run.path} (no space left); the run is whole"
+    assert lines[-1] == f"no report in {run.path} (no space left); all else of the run is there"
     left = {path.name for path in run.path.iterdir()}
     assert {"final", "step-8"} < left
     assert not [name for name in left if name == HTML or ".tmp" in name]

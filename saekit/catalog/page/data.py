@@ -70,7 +70,6 @@ class PageData:
         self._shard = SHARD if only is None else 1  # features per shard
         self._records = Records(catalog)
         self._given = given(catalog, prompts, model)
-        self._making = threading.Lock()
         self._kept: dict[
             str, tuple[Any, str]
         ] = {}  # name → what was said of features when it was made, its text
@@ -81,6 +80,7 @@ class PageData:
         }
         if only is None:
             self._makers |= {"map": self._map, "prompts": lambda: self._prompts}
+        self._making = {name: threading.Lock() for name in self._makers}
 
     def names(self) -> list[str]:
         """Of all scripts."""
@@ -101,7 +101,9 @@ class PageData:
         said = self.catalog._said if name in ("overview", "features", "search") else None
         kept = self._kept.get(name)
         if kept is None or kept[0] is not said:
-            with self._making:  # two visitors who come at once make it once
+            with self._making[
+                name
+            ]:  # two visitors who come at once make it once; the slow map keeps no other waiting
                 kept = self._kept.get(name)
                 if kept is None or kept[0] is not said:
                     kept = self._kept[name] = (said, _script(name, self._makers[name]()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +119,7 @@ def _metrics(catalog: Catalog) -> dict[str, Any]:
 
 def explained(catalog: Catalog) -> dict[str, int]:
     """Method → explanations by it."""
-    return dict(Counter(catalog._said._texts["method"]))
+    return dict(catalog._said.methods())
 
 
 def examples(catalog: Catalog) -> list[int]:

@@ -6,7 +6,6 @@ once, and numbers are shortened to three significant digits a column at a time.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
-from saekit.catalog.feature import Bin, shares
+from saekit.catalog.feature import shares
 from saekit.catalog.said import CORRELATIONS, HALVES, Score
 from saekit.catalog.tables import TOP
 
@@ -80,8 +79,7 @@ class Records:
         along = _zipped(neurons, "neuron", "cosine")
         mean = short(catalog._features["mean_activation"][start:end])
         exact = list(zip(*(bars.columns[x].tolist() for x in ("low", "high", "count")), strict=True))
-        histograms = [bars.of(exact, i) for i in range(end - start)]
-        said, bands = self._explanations(start, end), self._bands(start, end, histograms)
+        said, bands = self._explanations(start, end), self._bands(start, end, bars)
         made = []
         for i, feature in enumerate(range(start, end)):
             made.append(
@@ -108,41 +106,25 @@ class Records:
 
     def _explanations(self, start: int, end: int) -> list[list[list[Any]]]:
         """Of each feature."""
-        said = self._catalog._said
-        bounds = np.searchsorted(said._features, np.arange(start, end + 1))
-        scored = slice(*np.searchsorted(said._sorted, bounds[[0, -1]]).tolist())
-        about: dict[int, list[Score]] = {}
-        rows = said._scores.select(Score.__dataclass_fields__).take(said._order[scored]).to_pylist()
-        for i, row in zip(said._sorted[scored].tolist(), rows, strict=True):
-            about.setdefault(i, []).append(Score(**row))
-        methods, texts, score = said._texts["method"], said._texts["text"], said._measure
         return [
             [
-                [
-                    methods[i],
-                    texts[i],
-                    None if np.isnan(score[i]) else round(float(score[i]), 2),
-                    how_scored(about.get(i, [])),
-                ]
-                for i in range(first, last)
+                [e.method, e.text, None if e.score is None else round(e.score, 2), how_scored(e.scores)]
+                for e in own
             ]
-            for first, last in pairwise(bounds.tolist())
+            for own in self._catalog._said.stretch(start, end)
         ]
 
-    def _bands(
-        self, start: int, end: int, histograms: list[list[Any]]
-    ) -> list[list[tuple[float, float, float]]]:
-        """(low, high, share) of the bands of each feature, as `Feature.bands` has them."""
+    def _bands(self, start: int, end: int, bars: Rows) -> list[list[tuple[float, float, float]]]:
+        """(low, high, share) of the bands of each feature, as `Feature.bands` has them. bars: of `histograms`."""
         n = int(self._catalog.info["contexts"]["bands"])
         tops = self._catalog.max_activation[start:end].astype(float)
         edges = short(tops[:, None] * np.arange(n + 1) / n)
-        found = [
-            shares([Bin(*bar) for bar in own], top, n)
-            for own, top in zip(histograms, tops.tolist(), strict=True)
-        ]
+        own = bars.columns["part"] % 2 == 0
+        low, high, count = (bars.columns[name][own] for name in ("low", "high", "count"))
+        found = shares(low, high, count, np.diff(bars.bounds)[::2], tops, n)
         return [
-            list(zip(low[:-1], low[1:], short(share), strict=True)) if share else []
-            for low, share in zip(edges, found, strict=True)
+            list(zip(low[:-1], low[1:], share, strict=True)) if share[0] is not None else []
+            for low, share in zip(edges, short(found), strict=True)
         ]
 
     def _contexts(self, start: int, end: int) -> tuple[list[str], int, dict[tuple[int, int], list[Any]]]:

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from saekit.evaluation import Evaluation
-from saekit.evaluation.density import BINS_PER_DECADE
+from saekit.evaluation.density import bin_edges, draw_density
 from saekit.lens.tokens import visible
 from saekit.members import Member
 from saekit.training.report.features import Example, Excerpt
@@ -120,12 +120,10 @@ def sparsity(axes: Axes, history: History, evaluation: Evaluation) -> None:
 
 def density(axes: Axes, share: Tensor) -> None:
     """How many latents fire how often. share: [S] of the tokens of the last evaluation."""
-    fired = share[share > 0].log10().tolist()
-    decades = max(1, math.ceil(-min(fired, default=-1.0) - 1e-9))
-    edges = [i / BINS_PER_DECADE - decades for i in range(decades * BINS_PER_DECADE + 1)]
-    axes.hist(fired, edges, color=COLOURS["accent"], rwidth=0.9)
+    edges = bin_edges([share])
+    draw_density(axes, share, edges, color=COLOURS["accent"], rwidth=0.9)
     axes.set_xlim(edges[0] - 0.1, 0.1)
-    ticks = range(-decades, 1)
+    ticks = range(round(edges[0]), 1)
     axes.set_xticks(list(ticks), [_share(10.0**tick) for tick in ticks])
     axes.grid(visible=False, axis="x")
     axes.set(xlabel="share of tokens on which it fires", ylabel="latents")

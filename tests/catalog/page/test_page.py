@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,6 +200,29 @@ def test_what_every_visit_asks_for_is_made_once_and_again_when_somebody_has_writ
 
 
 # One file
+
+
+def test_who_waits_for_the_map_keeps_no_other_waiting(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(catalog: Catalog) -> tuple[list[int], list[int]]:
+        begun.set()
+        assert go_on.wait(30)
+        return [0] * len(catalog), [0] * len(catalog)
+
+    monkeypatch.setattr("saekit.catalog.page.layout.layout_of", slow)
+    data = PageData(catalog)
+    with ThreadPoolExecutor(2) as pool:
+        drawn = pool.submit(data.script, "map")
+        try:
+            assert begun.wait(30)
+            assert value(pool.submit(data.script, "overview").result(timeout=30))["map"]
+            assert not drawn.done()
+        finally:
+            go_on.set()
+        assert value(drawn.result())["x"] == [0] * len(catalog)
 
 
 @pytest.fixture

@@ -67,6 +67,9 @@ const linkTo = (features, i) =>
 
 const code = (token) => make("code", { className: "token", dir: "auto" }, spelled(token));
 
+/** A word as a shell takes it. */
+const shellWord = (word) => (/^[\w./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`);
+
 /** Text to copy, with a title and a button. */
 function copyable(title, text) {
   const block = make("pre", { tabIndex: 0 }, text.split("\n").map(visible).join("\n"));

@@ -46,10 +46,10 @@ function featureView(catalog, index, found) {
 
 const tokensOf = (count) => `${whole(count)} ${count === 1 ? "token" : "tokens"}`;
 
-/** "1 in 1,240", to three digits. */
+/** "1 in 1,200", to two digits: the density has three, so a third here could be wrong. */
 function oneIn(density) {
-  const n = 1 / density;
-  return `1 in ${n < 9.95 ? String(Number(n.toPrecision(2))) : whole(Number(n.toPrecision(3)))}`;
+  const n = Number((1 / density).toPrecision(2));
+  return `1 in ${n < 10 ? n : whole(n)}`;
 }
 
 /** The indices that this page can open are all of the catalog's, or those that a single file was made for. */
@@ -99,7 +99,7 @@ function headOf(catalog, index, found) {
     "div",
     { className: "head" },
     make("p", { className: "number" }, `Feature ${index}`),
-    make("h2", { className: max > 0 ? "" : "unnamed" }, make("bdi", {}, nameOf(features, index))),
+    make("h2", { className: max > 0 ? "" : "unnamed" }, make("bdi", {}, nameOf(features, index).replaceAll(" · ", "\u00a0· "))), // no line begins with a dot
     shown < 0 ? null : saidBy(method, score ?? null, how),
     make(
       "div", { className: "known" },
@@ -510,7 +510,6 @@ function glimpseOf({ features }, index, found) {
 
 /** How to steer with it, to copy. */
 function recipeOf({ name, model }, index) {
-  const shell = (word) => (/^[\w./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`);
   const python = [
     "import saekit",
     `model = saekit.load_model(${JSON.stringify(model)})`,
@@ -518,6 +517,6 @@ function recipeOf({ name, model }, index) {
     `edit = feature.add(${STRENGTH}, unit="norm")`,
     'print(saekit.compare(model, "Once upon a time", edit))',
   ].join("\n");
-  const command = `saekit steer ${shell(name)} ${index} --strength ${STRENGTH} --unit norm --prompt "Once upon a time"`;
+  const command = `saekit steer ${shellWord(name)} ${index} --strength ${STRENGTH} --unit norm --prompt "Once upon a time"`;
   return section("Steer with it", make("div", { className: "recipes" }, copyable("Python", python), copyable("Command line", command)));
 }

@@ -52,8 +52,6 @@ function ways({ overview, features, list }) {
   return make("div", {}, buttons, overview.live || overview.only ? null : hint);
 }
 
-const shellWord = (word) => (/^[\w./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`);
-
 /** Where the features come from, in one sentence. */
 function origin({ model, place, sae, corpus, tokens }) {
   const width = sae.k ? `${whole(sae.k)} of ${whole(sae.d_sae)} features at a time` : `${whole(sae.d_sae)} features`;
@@ -153,7 +151,7 @@ function aboutView({ overview }) {
     'for feature in catalog.search("boat", limit=5):',
     "    print(feature.index, feature.explanation)",
   ].join("\n");
-  const methods = Object.entries(explained).map(([method, count]) => `${whole(count)} by ${method}`).join(" · ");
+  const methods = Object.entries(explained).map(([method, count]) => `${whole(count)} ${METHODS[method] ?? `by ${method}`}`).join(" · ");
   return [
     make("h2", { className: "grand" }, "About this catalog"),
     section(

@@ -116,14 +116,17 @@ function stamp(pixels, at, { steps, cover }, colour) {
 
 async function mapView(catalog) {
   const { overview, features, list } = catalog;
+  const wanted = awaited();
   const opening = openedLast === null ? null : record(openedLast, overview.shard).catch(() => null);
   const { x, y } = await load("map");
   const nearest = (await opening)?.neighbours.map(([i]) => i).filter((i) => x[i] !== null) ?? []; // the map is whole without
+  if (!wanted()) return [];
   const alive = Uint32Array.from(x.keys()).filter((i) => x[i] !== null);
   const find = pointFinder(x, y, alive);
   const columns = Object.keys(COLOURS).filter((column) => column !== "score" || overview.scored);
   const often = levelsOf(features.density, alive).level;
   const byScore = Array.from(alive).sort((a, b) => (features.score[b] ?? -1) - (features.score[a] ?? -1) || features.density[b] - features.density[a]);
+  const landmarks = overview.examples.filter((i) => x[i] !== null);
   const opened = openedLast !== null && (x[openedLast] ?? null) !== null ? openedLast : null;
   const state = {
     zoom: 1, x: MAP_SIDE / 2, y: MAP_SIDE / 2, // what is in the middle
@@ -291,6 +294,7 @@ async function mapView(catalog) {
     pen.putImageData(image, (canvas.width - image.width) / 2, (canvas.height - image.height) / 2);
     const ratio = canvas.width / width;
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    if (signposts()) rings(landmarks.filter(visibleHere), (i) => radiusOf(i) + 1.5, 1.5, colours.ink);
     if (kept && points.length <= SEEN) rings(points.filter(visibleHere), radiusOf, 1, colours.ink);
     relations();
     write();
@@ -332,16 +336,20 @@ async function mapView(catalog) {
     rings([state.opened], () => 8, 2.5, colours.accent);
   }
 
-  /** Names [text, left, middle], where there is room: of the open feature, the highlighted ones if few, the well-scored. */
+  /** Whether the features worth a first look are set off: where nothing else is. */
+  const signposts = () => !kept && state.opened === null;
+
+  /** Names [text, left, middle], where there is room: of the open feature, the highlighted ones if few, of
+   *  those worth a first look, the well-scored. */
   function names() {
-    const first = [state.opened, ...state.neighbours, ...(points.length <= FEW ? points : [])].filter((i) => i !== null);
+    const first = [state.opened, ...state.neighbours, ...(points.length <= FEW ? points : []), ...(signposts() ? landmarks : [])].filter((i) => i !== null);
     const rest = state.zoom >= LABELS_FROM ? byScore : [];
     const found = [], taken = [];
     pen.font = `12px ${colours.font}`;
     for (const i of first.concat(rest)) {
       if (found.length >= LABELS) break;
       if (!visibleHere(i) || !features.label[i] || (kept && !kept.has(i) && !first.includes(i))) continue;
-      const letters = [...nameOf(features, i)], text = letters.length > 30 ? `${letters.slice(0, 29).join("")}…` : letters.join("");
+      const letters = [...nameOf(features, i).split(" · ", signposts() && landmarks.includes(i) ? 2 : undefined).join(" · ")], text = letters.length > 30 ? `${letters.slice(0, 29).join("")}…` : letters.join("");
       const left = across(i) + (i === state.opened ? 14 : 9), middle = down(i);
       const box = [left - 14, middle - 10, left + pen.measureText(text).width + 6, middle + 10];
       if (box[2] > width || taken.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3])) continue;

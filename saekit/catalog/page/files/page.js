@@ -6,11 +6,18 @@ const THEMES = ["auto", "light", "dark"];
 const THEME_SIGNS = { auto: "◐", light: "☼", dark: "☾" };
 const SLOW = 250; // milliseconds after which a view that waits for its data says so
 
+let opened = 0; // number of the latest view
 let leaving = []; // what the view that is open wants done before the next one
 
 /** Has `leave` called once, before the next view is drawn: the end of a stream, of listeners on the window. */
 function onLeave(leave) {
   leaving.push(leave);
+}
+
+/** For a view that waits for data before it registers or starts anything: a function that says whether it is still wanted. */
+function awaited() {
+  const number = opened;
+  return () => number === opened;
 }
 
 function left() {
@@ -28,7 +35,6 @@ async function start() {
   for (const [place, there] of [["map", overview.map], ["prompts", overview.prompts], ["play", overview.live]])
     document.querySelector(`[data-place="${place}"]`).hidden = !there;
   const main = document.getElementById("view");
-  let opened = 0; // number of the latest view; one whose data arrive late is dropped
 
   /** The place of an address in the navigation, a title, and the view: elements, or a promise of them. */
   function viewOf(address) {
@@ -46,8 +52,8 @@ async function start() {
     const index = /^\d+$/.test(address) ? Number(address) : null;
     if (index !== null && list.holds(index)) {
       const view = async () => {
-        const number = opened, found = await record(index, overview.shard);
-        return number === opened ? featureView(catalog, index, found) : []; // one nobody waits for any more takes no keys
+        const wanted = awaited(), found = await record(index, overview.shard);
+        return wanted() ? featureView(catalog, index, found) : []; // one nobody waits for any more takes no keys
       };
       return { place: "feature", title: `#${index} ${nameOf(features, index)}`, index, view };
     }
@@ -56,7 +62,8 @@ async function start() {
   }
 
   async function open() {
-    const number = ++opened;
+    opened++;
+    const wanted = awaited();
     const address = unescaped(location.hash.slice(1));
     const query = new URLSearchParams(location.hash.slice(1)).get("q");
     if (query !== null && query !== document.getElementById("query").value.trim()) list.search(query); // else it stands as it was left
@@ -70,7 +77,7 @@ async function start() {
       parts = [make("p", { className: "error", role: "alert" }, visible(error.message))];
     }
     clearTimeout(waiting);
-    if (number !== opened) return;
+    if (!wanted()) return; // its data came too late
     document.body.dataset.view = place;
     list.select(index);
     mark(place);

@@ -7,9 +7,10 @@ const TYPING = 500, DRAGGING = 250, WRITING = 150; // milliseconds of quiet befo
  *  before it is taken apart would mix a prompt's own & and = with those between the fields. */
 async function playView(catalog) {
   const { overview, features } = catalog;
-  const query = location.hash.split("?").slice(1).join("?");
+  const query = location.hash.split("?").slice(1).join("?"), wanted = awaited();
   const state = playState(query, catalog);
   if (!state.edits.length) state.edits.push(freshEdit(await firstFeature(catalog), features));
+  if (!wanted()) return [];
   const running = oneAtATime(), reading = oneAtATime();
   let begun = false; // whether anything was asked for: until then a change starts nothing
 
@@ -42,6 +43,7 @@ async function playView(catalog) {
     if (!state.prompt.trim()) return errors.prompt.say("Type a prompt: the model goes on from there.");
     begun = true;
     stops.hidden = false;
+    answer.become("waiting");
     if (asked) answer.reveal();
     const sent = state.edits.filter((edit) => edit.on);
     status.textContent = "Asking the model …";
@@ -55,9 +57,13 @@ async function playView(catalog) {
           if (event.event === "done") status.textContent = `Plain and steered text ready: ${whole(event.tokens)} tokens in ${short(event.seconds)} s.`;
         }
       });
-      if (!ended && !running.busy()) status.textContent = "Stopped.";
+      if (!ended && !running.busy()) {
+        status.textContent = "Stopped.";
+        answer.become("idle");
+      }
     } catch (error) {
       status.textContent = "";
+      answer.become("failed");
       blame(error, sent);
     }
     stops.hidden = !running.busy();
@@ -130,8 +136,7 @@ async function playView(catalog) {
       section("Prompt", make("label", {}, make("span", { className: "unseen" }, "Prompt"), prompt), errors.prompt.element, strip.element),
       section("Features turned", cards.element, errors.edits.element, finder(features, add)),
       playOptions(overview.limits, state, changed, errors.options.element),
-      make("div", { className: "run" }, runs, stops, make("small", {}, kbd("Ctrl"), " ", kbd("Enter")), tick("as I change things", state, "live", showAddress)),
-      status,
+      make("div", { className: "run going" }, status, runs, stops, make("small", {}, kbd("Ctrl"), " ", kbd("Enter")), tick("as I change things", state, "live", showAddress)),
     ),
     make(
       "div", { className: "answer" },
@@ -141,12 +146,14 @@ async function playView(catalog) {
       section("Take it with you", shareButton(() => { writeAddress(); return location.href; }), python),
     ),
   );
-  form.onkeydown = (event) => {
+  const pressed = (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
     event.preventDefault();
     run(true);
   };
+  addEventListener("keydown", pressed); // wherever the focus is: a reader who has just come has it nowhere
   onLeave(() => {
+    removeEventListener("keydown", pressed);
     for (const task of [running, reading]) task.stop();
     for (const later of [showAddress, runSoon, typedSoon, readSoon]) later.cancel();
     sweeper.leave();

@@ -10,6 +10,7 @@ function playAnswer() {
   const outcome = make("div", { className: "outcome" });
   const invitation = make("p", { className: "invitation" }, "Press ", make("b", {}, "Steer"), ": the model goes on from the prompt, once as it is and once with the features turned. Both roll the same dice, so what differs is what the features did.");
   const element = make("div", { className: "texts" }, invitation, sides, outcome);
+  element.dataset.state = "idle"; // then waiting, running, and done or failed; idle again where it was stopped
   let texts = {}, parts = {}, prompt = "", drawing = false;
 
   function draw() {
@@ -59,24 +60,32 @@ function playAnswer() {
       prompt = asked;
       begin(event);
       stale(false);
+      become("running");
     }
     if (event.event === "text") {
       texts[event.side] += event.text;
       soon();
     }
-    if (event.event === "done") end(event);
+    if (event.event === "done") {
+      end(event);
+      become("done");
+    }
+  }
+
+  function become(state) {
+    element.dataset.state = state;
   }
 
   function stale(is) {
     element.classList.toggle("stale", is);
   }
 
-  /** Scrolls to the texts where they begin below what can be seen. */
+  /** Scrolls to the texts where too little of them can be seen. */
   function reveal() {
-    if (element.getBoundingClientRect().top > innerHeight - 200) element.scrollIntoView();
+    if (element.getBoundingClientRect().top > innerHeight / 2) element.scrollIntoView();
   }
 
-  return { element, take, stale, reveal };
+  return { element, take, become, stale, reveal };
 }
 
 /** How much stranger than its own text the plain model finds the others, in words. */

@@ -90,7 +90,7 @@ const freshEdit = (feature, features) => editFrom(String(feature), features);
 
 /** A link that opens the playground with a feature turned up. */
 const playLink = ({ features }, index) =>
-  make("a", { href: `#play?edit=${editText(freshEdit(index, features))}`, className: "play-link" }, "Steer with it");
+  make("a", { href: `#play?edit=${editText(freshEdit(index, features))}`, className: "button main" }, "Steer with it");
 
 /** The feature to begin with. Of the model that ships, the one whose direction raises most of `START_WORDS` highest: a
  *  feature is a good handle for what it makes the model say, not for what it fires on. Else the first example. */

@@ -4,7 +4,7 @@
 const SWEPT = 8; // strengths of a sweep
 
 const SVG = "http://www.w3.org/2000/svg";
-const PANEL = { height: 108, gap: 26, left: 52, right: 12, top: 20, bottom: 30 }; // pixels
+const PANEL = { height: 108, gap: 34, left: 52, right: 12, top: 20, bottom: 30 }; // pixels
 
 /** An SVG element with attributes and children. */
 function draw(tag, attributes = {}, ...children) {
