@@ -19,7 +19,7 @@ from rich.text import Text
 
 from saekit import embedded
 from saekit.catalog import Catalog, Feature
-from saekit.console import CatalogProgress, RunReporter, ContextText, out, table
+from saekit.console import CatalogProgress, ContextText, RunReporter, out, table
 from saekit.lens.tokens import visible
 from saekit.lm import load_model
 from saekit.steering.compare import next_token_probabilities

@@ -477,6 +477,14 @@ def test_every_row_of_a_sweep_stands_beside_its_control(sweep) -> None:
     assert read.text.startswith("suggested: 2 at <i>a</i>")
 
 
+def test_a_place_that_all_rows_share_is_told_once(sweep) -> None:
+    told = plain_terminal(dataclasses.replace(sweep, rows=sweep.rows[:2]), 200).splitlines()
+    assert told[0].strip() == "at <i>a</i>"
+    assert told[1].split()[0] == "strength"
+    assert [row.split()[0] for row in told[2:5]] == ["plain", "0", "1"]
+    assert all("<i>a</i>" not in row for row in told[1:5])
+
+
 def test_the_knee_stands_out(sweep) -> None:
     page = sweep._repr_html_()
     chosen = re.findall(r'<tr class="chosen">(.*?)</tr>', page)

@@ -66,6 +66,11 @@ def test_a_file_from_a_mail(open_page: OpenPage, single: Path, tiny_catalog: Cat
     assert str(near) in text
     for index in FEW:
         check_record(page.evaluate(f"record({index}, 1)"), tiny_catalog[index])
+    order = sorted(FEW)  # from one to the next by number, in whatever order they were chosen
+    page.evaluate("address => location.hash = address", f"#{order[1]}")
+    page.wait_for_function(f"document.title.startsWith('#{order[1]}')")
+    steps = [page.locator(f".steps [rel={rel}]").get_attribute("href") for rel in ("previous", "next")]
+    assert steps == [f"#{order[0]}", f"#{order[2]}"]
     assert "holds no map" in page.evaluate("load('map').catch((error) => error.message)")
 
 

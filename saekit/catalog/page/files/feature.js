@@ -63,7 +63,7 @@ function featureLink({ overview, features }, index) {
 
 /** The way to the features before and after this one, by links and by the keys [ and ]. */
 function stepsBetween({ overview }, index) {
-  const order = overview.only ?? null;
+  const order = overview.only?.toSorted((a, b) => a - b) ?? null;
   const at = order ? order.indexOf(index) : index;
   const last = (order ? order.length : overview.sae.d_sae) - 1;
   const place = (to) => (to < 0 || to > last ? null : order ? order[to] : to);
