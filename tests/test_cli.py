@@ -41,7 +41,9 @@ def test_the_whole_way_by_hand(recipe, corpus, tmp_path, monkeypatch, capsys) ->
     planned = json.loads(output(capsys, "train", recipe, "--dry-run", "--json"))
     assert (planned["steps"], planned["d_in"], planned["checked"][0]) == (10, 256, f"text {corpus}")
     assert "10 steps" in output(capsys, "train", recipe, "--dry-run")
-    assert "5 steps" in output(capsys, "train", recipe, "--dry-run", "training.tokens=1000")  # after an option too
+    assert "5 steps" in output(
+        capsys, "train", recipe, "--dry-run", "training.tokens=1000"
+    )  # after an option too
     for wrong in ("training.tokens", "--nonsense=1"):
         with pytest.raises(SystemExit) as refused:
             main(["train", str(recipe), "--dry-run", wrong])
