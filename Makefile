@@ -5,8 +5,8 @@ BIN := .venv/bin
 READY := .venv/ready
 # Threads that wait without spinning: on a busy machine a spinning barrier costs ten times the work.
 export OMP_WAIT_POLICY ?= PASSIVE
-# Processes that share the tests: a gigabyte each, so not one for each core. For -x or --pdb: .venv/bin/python -m pytest.
-WORKERS ?= 2
+# Processes that share the tests: a gigabyte or two each; many wait for servers, browsers and children. For -x or --pdb: .venv/bin/python -m pytest.
+WORKERS ?= 3
 
 .PHONY: demo test check format docs wheel tiny clean
 

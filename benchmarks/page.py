@@ -197,7 +197,7 @@ def played(page: Page) -> None:
 
 def pictures(browser: Browser, site: Path, best: int) -> None:
     home = (site / "index.html").as_uri()
-    for name, address in (("page", f"#{best}"), ("map", "#map"), ("home", "")):
+    for name, address in (("page", f"#{best}"), ("map", "#map")):
         with opened(browser, home + address) as page:
             page.screenshot(path=DOCS / f"{name}.png")
     with serving() as live, opened(browser, live + "#play") as page:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.speed_inputs import CONTEXT_SIZE, MODEL, SITE, Inputs
 from benchmarks.speed_process import Failed, Worker
+from saekit import embedded
 
 K, L0 = 32, 64  # L0: of the rows of trained, sparse SAEs
 LR, HELD = 3e-4, 1e-9  # HELD: moves nothing, so that a row keeps its L0, or its dead latents
@@ -240,22 +241,20 @@ def catalog_rows(inputs: Inputs, wanted: Wanted) -> Iterator[Row]:
 
 
 def steer_rows(inputs: Inputs, wanted: Wanted) -> Iterator[Row]:
-    """Generation with a direction added at the site."""
+    """Generation with a direction added at the site, in the model of the other clocks and in the embedded one."""
     new = 8 if wanted.quick else 64
-    job = {
-        "clock": "steer", "model": str(inputs.model), "site": SITE, "new_tokens": new, "arrays": str(inputs.steering)
-    }  # fmt: skip
-    yield _row(
-        wanted,
-        f"{new} tokens, one prompt",
-        new,
-        OF_STEERING,
-        job,
-        whole_rounds=True,
-        at_once=1,
-        rounds=5,
-        warm_up=1,
-    )
+    models = [
+        ("one prompt", inputs.model, SITE, MODEL["n_embd"]),
+        ("one prompt, embedded model", embedded.folder("model"), "blocks.3.hook_resid_pre", 256),
+    ]
+    for name, model, site, width in models:
+        job = {
+            "clock": "steer", "model": str(model), "site": site, "new_tokens": new,
+            "arrays": str(inputs.steering(width)),
+        }  # fmt: skip
+        yield _row(
+            wanted, f"{new} tokens, {name}", new, OF_STEERING, job, whole_rounds=True, at_once=1, rounds=7, warm_up=1
+        )  # fmt: skip
 
 
 def linear_rows(inputs: Inputs, wanted: Wanted) -> Iterator[Row]:

@@ -86,13 +86,13 @@ class Inputs:
             sae.b_enc.sub_(p.topk(max(1, SPARSE * len(x) // d_sae), dim=0).values[-1])
         return sae.save(self.folder / f"sae-{d_sae}")
 
-    @functools.cached_property
-    def steering(self) -> Path:
+    @functools.cache  # noqa: B019
+    def steering(self, width: int) -> Path:
         """A direction [D] and a prompt's ids [1, 8]."""
         draw = torch.Generator().manual_seed(self.seed)
-        direction = torch.randn(MODEL["n_embd"], generator=draw)
+        direction = torch.randn(width, generator=draw)
         prompt = torch.randint(1, 8192, (1, 8), generator=draw)
-        return self._written("steering", {"direction": direction, "prompt": prompt})
+        return self._written(f"steering-{width}", {"direction": direction, "prompt": prompt})
 
     def _written(self, name: str, tensors: dict[str, Tensor | Any]) -> Path:
         path = self.folder / f"{name}.safetensors"

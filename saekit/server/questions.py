@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from saekit.catalog import Catalog
 from saekit.errors import InvalidInput
 from saekit.steering.edits import Edit
-from saekit.steering.kinds import Kind, Unit
+from saekit.steering.kinds import Unit
 
 MAX_TEXT = 20_000  # characters
 MAX_EDITS = 16
@@ -32,6 +32,10 @@ Position = Annotated[int, Field(ge=0, le=MAX_POSITION)]
 Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 
 
+# Every kind but swap, which needs another text.
+Turn = Literal["add", "clamp", "min_clamp", "ablate", "scale", "project_out", "rescale", "cap"]
+
+
 class _Question(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -40,7 +44,7 @@ class EditQuestion(_Question):
     """One feature of the catalog, and what is done with it."""
 
     feature: int
-    kind: Kind = "add"
+    kind: Turn = "add"
     strength: Strength = 0.0
     unit: Unit = "raw"
 

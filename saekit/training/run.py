@@ -401,7 +401,9 @@ class _Session:
             except (
                 Exception
             ) as error:  # of a picture, of a full disk, of a model that is odd: of a dozen kinds
-                self.reporter.line(f"no report in {trainee.folder} ({first_line(error)}); all else of the run is there")
+                self.reporter.line(
+                    f"no report in {trainee.folder} ({first_line(error)}); all else of the run is there"
+                )
             else:
                 if path is not None:
                     self.reporter.line(f"report: {path}")

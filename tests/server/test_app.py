@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ from saekit.catalog import Catalog
 from saekit.catalog.page import assets
 from saekit.errors import FileMissing, InvalidInput
 from saekit.server.app import serve
-from saekit.server.questions import LIMITS
+from saekit.server.questions import LIMITS, Turn
+from saekit.steering.kinds import KINDS
 
 if TYPE_CHECKING:
     from starlette.testclient import TestClient
@@ -172,6 +173,10 @@ def test_other_methods_kinds_and_sizes(question: Asked, client: TestClient) -> N
     assert "bytes" in refusal(client.post("/api/activations", json={"text": text}), 413)
     assert "tokens" in refusal(client.post("/api/activations", json={"text": "boat " * 3_000}), 400)
     assert "text" in refusal(client.post("/api/activations", json={}), 400)
+
+
+def test_every_kind_is_offered_but_the_one_that_needs_another_text() -> None:
+    assert set(get_args(Turn)) == set(KINDS) - {"swap"}
 
 
 def test_questions_at_once_do_not_mix(question: Asked, client: TestClient, no_leaked_hooks: None) -> None:

@@ -110,7 +110,7 @@ def test_a_text_steered_to_pieces_is_still_json(
         ("stream", {"prompt": "word " * 300}, 400, "context of 256"),
         ("stream", {"edits": [{"feature": 64}]}, 404, "feature 64"),
         ("stream", {"control": "yes"}, 400, "control"),
-        ("stream", {"edits": [{"feature": 3, "kind": "swap"}]}, 400, "swap"),
+        ("stream", {"edits": [{"feature": 3, "kind": "swap"}]}, 400, "kind"),
         ("sweep", {"strengths": []}, 400, "strengths"),
         ("sweep", {"strengths": [0.0] * 13}, 400, "strengths"),
         ("sweep", {"strengths": [1e7]}, 400, "strengths"),

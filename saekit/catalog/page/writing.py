@@ -95,7 +95,7 @@ def _is_page(folder: Path) -> bool:
 def _chosen(catalog: Catalog, place: Path, features: Sequence[int] | None) -> list[int]:
     if features is None or len(features) == 0:
         raise InvalidInput(
-            f"page: {place} is a single file, for chosen features; name them, such as features=[3, 5]"
+            f"page: {place} is a single file, for chosen features; name them: features=[3, 5], or --features 3,5"
         )
     chosen = list(dict.fromkeys(catalog[i].index for i in features))
     if len(chosen) > IN_A_FILE:
