@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import statistics
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -22,20 +21,17 @@ from saekit.lm import token_strings
 from saekit.server.questions import ActivationsQuestion, SteerQuestion, StreamQuestion, SweepQuestion
 from saekit.server.turns import Event, Job, Left
 from saekit.steering.compare import TOP, next_token_probabilities
-from saekit.steering.edits import Edit
-from saekit.steering.generate import Generated, generate, prompt_ids, stream_rows
-from saekit.steering.judging import distinct, kl_parts, perplexity, reactivation, repetition
+from saekit.steering.generate import Generated, prompt_ids, stream_rows
+from saekit.steering.judging import kl_parts, perplexity
 from saekit.steering.kinds import WITHOUT_STRENGTH
 from saekit.steering.steer import steer
-from saekit.steering.sweep import Figures, SteeringSweep, SweepRow, control_of
+from saekit.steering.sweep import Figures, Judge, SteeringSweep, SweepRow, control_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from saekit.catalog import Catalog
 
-AT_ONCE = 32  # rows of a sweep's batch,
-TOKENS_AT_ONCE = 4096  # and tokens of their prompts: each has its logits in memory
 TOLD = ("perplexity", "kl", "repetition", "reactivation")  # the figures of a sweep that the page shows
 
 
@@ -118,27 +114,33 @@ class Live:
         beside = [edit.edit(self.catalog) for edit in others]
         swept = [first.model_copy(update={"strength": s}).edit(self.catalog) for s in question.strengths]
         pairs = [(edit, control_of(edit, question.seed)) for edit in swept]
-        ids = prompt_ids(self.model, question.prompt, question.max_new_tokens)
+        prompt_ids(self.model, question.prompt, question.max_new_tokens)  # what is wrong with it is told now
 
         def answer(left: threading.Event) -> Generator[Event]:
             with leash(self.model, left):
-                judge = _Judge(self.model, question, ids, swept[0])
+                judge = Judge(
+                    self.model,
+                    [question.prompt],
+                    samples=question.samples,
+                    max_new_tokens=question.max_new_tokens,
+                    positions=question.positions,
+                    temperature=question.temperature,
+                    seed=question.seed,
+                )
                 [(plain, plain_text)] = judge([[]])
+                found = judge([[edit, *beside] for pair in pairs for edit in pair])
                 rows: list[SweepRow] = []
-                at_once = min(AT_ONCE, TOKENS_AT_ONCE // len(ids)) // (2 * question.samples)
-                for part in chunks(pairs, max(1, at_once)):
-                    found = judge([[edit, *beside] for pair in part for edit in pair])
-                    for edit, _ in part:
-                        (steered, text), (control, said) = next(found), next(found)
-                        rows.append(
-                            SweepRow(edit.site, edit.strength, text, steered, control, control, control, said)
-                        )
-                        yield {
-                            "event": "row",
-                            "strength": edit.strength,
-                            "steered": told(steered),
-                            "control": told(control),
-                        }
+                for edit, _ in pairs:
+                    (steered, text), (control, said) = next(found), next(found)
+                    rows.append(
+                        SweepRow(edit.site, edit.strength, text, steered, control, control, control, said)
+                    )
+                    yield {
+                        "event": "row",
+                        "strength": edit.strength,
+                        "steered": told(steered),
+                        "control": told(control),
+                    }
             knee = SteeringSweep(tuple(rows), plain, plain_text).knee()
             yield {"event": "done", "plain": told(plain), "knee": knee and knee.strength}
 
@@ -149,47 +151,6 @@ class Live:
         ids = (p[1] - p[0]).abs().topk(min(TOP, p.shape[1])).indices.tolist()
         tokens = token_strings(self.model.tokenizer, ids)
         return [[token, *map(finite, p[:, i])] for token, i in zip(tokens, ids, strict=True)]
-
-
-class _Judge:
-    """Continues one prompt under edits, many at once, and says of each what came of it."""
-
-    def __init__(self, model: TransformerBridge, question: SweepQuestion, ids: Tensor, about: Edit) -> None:
-        self.model, self.question, self.ids, self.about = model, question, ids, about
-        self.plain_p = next_token_probabilities(model, ids[None])[0]
-
-    def __call__(self, rows: Sequence[list[Edit]]) -> Iterator[tuple[Figures, str]]:
-        """(figures, text of the first sample) of each row's edits, one after the other."""
-        asked, n = self.question, self.question.samples
-        with steer(self.model, rows=rows, positions=asked.positions):
-            p = next_token_probabilities(self.model, self.ids.expand(len(rows), -1))
-        with steer(self.model, rows=[row for row in rows for _ in range(n)], positions=asked.positions):
-            made = generate(
-                self.model,
-                [asked.prompt] * (n * len(rows)),
-                asked.max_new_tokens,
-                seed=[asked.seed + i for i in range(n)] * len(rows),
-                temperature=asked.temperature,
-            )
-        for i in range(len(rows)):
-            texts = made[i * n : (i + 1) * n]
-            yield self._figures(texts, p[i]), texts[0].text
-
-    def _figures(self, texts: list[Generated], p: Tensor) -> Figures:
-        """p [V] of the token after the prompt."""
-        model, sae, latent = self.model, self.about.sae, self.about.latent
-        new = [made.ids[made.prompt_length :].tolist() for made in texts]
-        again = None
-        if sae is not None and latent is not None:
-            again = statistics.fmean(reactivation(model, sae, latent, m.ids, m.prompt_length) for m in texts)
-            again /= self.about.max_activation or 1.0
-        return Figures(
-            kl=float(kl_parts(p, self.plain_p).sum()),
-            perplexity=statistics.median(strangeness(model, made) for made in texts),
-            repetition=statistics.fmean(map(repetition, new)),
-            distinct=distinct(new),
-            reactivation=again,
-        )
 
 
 @contextlib.contextmanager
@@ -235,8 +196,3 @@ def told(figures: Figures) -> dict[str, float | None]:
 def finite(x: float | Tensor | None) -> float | None:
     """The number, or null where a text has been steered to pieces: JSON knows no infinity."""
     return float(x) if x is not None and math.isfinite(x) else None
-
-
-def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import InvalidInput
+from saekit.steering.compare import next_token_probabilities
 from saekit.steering.directions import Direction
 from saekit.steering.edits import Edit
 from saekit.steering.generate import Generated, Prompt, generate, prompt_ids
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
 Make = Callable[[float], Edit]  # strength → edit, e.g. `feature.add`
 TOLERATED = 2.0  # times the plain perplexity, up to which a text still counts as fluent
-AT_ONCE = 64  # rows of a batch
+AT_ONCE = 64  # rows of a batch,
+TOKENS_AT_ONCE = 4096  # and tokens of their prompts: each has its logits in memory
 EFFECTS = {
     "keywords": "texts with a keyword",
     "reactivation": "feature when read again",
@@ -229,18 +231,17 @@ def sweep(
         raise InvalidInput(
             f"sweep: expected a prompt, a sample and a control at least, got {len(texts)}, {samples} and {controls}"
         )
-    words = list(keywords)
-    judge = _Judge(
-        model, texts, words, samples, max_new_tokens, positions,
-        {"temperature": temperature, "top_p": top_p}, seed,
+    judge = Judge(
+        model, texts, words=list(keywords), samples=samples, max_new_tokens=max_new_tokens, positions=positions,
+        temperature=temperature, top_p=top_p, seed=seed,
     )  # fmt: skip
-    plain, plain_text = judge([None])[0]
+    [(plain, plain_text)] = judge([[]])
     rows = []
     places = make if isinstance(make, Mapping) else {"": make}
     for name, of in places.items():
         edits = [of(strength) for strength in strengths]
         random = [[control_of(edit, seed + i) for edit in edits] for i in range(controls)]
-        found = judge([*edits, *(edit for row in random for edit in row)])
+        found = list(judge([[edit] for row in [edits, *random] for edit in row]))
         n = len(strengths)
         for i, (strength, edit) in enumerate(zip(strengths, edits, strict=True)):
             beside = [found[n * (1 + c) + i] for c in range(controls)]
@@ -272,62 +273,57 @@ def _of(how: Callable[[list[float]], float], figures: Sequence[Figures]) -> Figu
     return Figures(**found)
 
 
-class _Judge:
-    """Continues the prompts under edits, many at once, and says what came of each edit."""
+class Judge:
+    """Continues prompts under edits, many at once, and says what came of each row of them."""
 
     def __init__(
-        self, model: TransformerBridge, prompts: list[Prompt], words: list[str], samples: int, max_new_tokens: int,
-        positions: Positions, sampling: dict[str, Any], seed: int,
+        self, model: TransformerBridge, prompts: Sequence[Prompt], *, words: Sequence[str] = (), samples: int = 1,
+        max_new_tokens: int = 20, positions: Positions = "all", temperature: float = 1.0, top_p: float | None = None,
+        seed: int = 0,
     ) -> None:  # fmt: skip
-        self.model, self.prompts, self.words = model, prompts, words
-        self.n, self.positions, self.sampling = max_new_tokens, positions, sampling
+        self.model, self.words, self.n, self.positions = model, list(words), max_new_tokens, positions
+        self.sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
         self.each = [p for p in prompts for _ in range(samples)]
         self.seeds = [seed + i for i in range(len(self.each))]
         self.ids = [prompt_ids(model, prompt, max_new_tokens) for prompt in prompts]
-        self.word_ids = word_ids(model, words)
-        self.plain_p = self._next([None])[0]
+        self.word_ids = word_ids(model, self.words)
+        self.plain_p = self._next([[]])[0]
+        widest = TOKENS_AT_ONCE // max(map(len, self.ids))
+        self.rows_at_once = max(1, min(AT_ONCE, widest) // len(self.each))
 
-    def __call__(self, edits: Sequence[Edit | None]) -> list[tuple[Figures, str]]:
-        """(figures, first text) of each edit; None is the plain model."""
-        probabilities = self._next(edits)
-        found = []
-        at_once = max(1, AT_ONCE // len(self.each))
-        for start in range(0, len(edits), at_once):
-            part = edits[start : start + at_once]
-            with self._steered([edit for edit in part for _ in self.each]):
+    def __call__(self, rows: Sequence[Sequence[Edit]]) -> Iterator[tuple[Figures, str]]:
+        """(figures, first text) of each row's edits, as they become known; of none: of the plain model.
+
+        The first edit of a row is what its re-activation is of.
+        """
+        for start in range(0, len(rows), self.rows_at_once):
+            part = rows[start : start + self.rows_at_once]
+            probabilities = self._next(part)
+            with self._steered([row for row in part for _ in self.each]):
                 made = generate(
                     self.model, self.each * len(part), self.n, seed=self.seeds * len(part), **self.sampling
                 )
-            for i, edit in enumerate(part):
+            for i, row in enumerate(part):
                 texts = made[i * len(self.each) : (i + 1) * len(self.each)]
-                found.append((self._figures(edit, texts, probabilities[start + i]), texts[0].text))
-        return found
+                yield self._figures(row, texts, probabilities[i]), texts[0].text
 
-    def _steered(self, rows: Sequence[Edit | None]) -> Any:
-        edits = [[edit] if edit is not None else [] for edit in rows]
-        return steer(self.model, rows=edits, positions=self.positions)
+    def _steered(self, rows: Sequence[Sequence[Edit]]) -> Any:
+        return steer(self.model, rows=rows, positions=self.positions)
 
-    @torch.no_grad()
-    def _next(self, edits: Sequence[Edit | None]) -> list[torch.Tensor]:
-        """[prompts, V] next-token probabilities after each prompt, of each edit."""
-        found: list[list[torch.Tensor]] = [[] for _ in edits]
-        for ids in self.ids:
-            for start in range(0, len(edits), AT_ONCE):
-                part = edits[start : start + AT_ONCE]
-                with self._steered(part):
-                    p = self.model(ids.expand(len(part), -1))[:, -1].float().softmax(-1).cpu()
-                for i in range(len(part)):
-                    found[start + i].append(p[i])
-        return [torch.stack(rows) for rows in found]
+    def _next(self, rows: Sequence[Sequence[Edit]]) -> list[Tensor]:
+        """[prompts, V] next-token probabilities after each prompt, of each row's edits."""
+        with self._steered(rows):
+            of_prompts = [next_token_probabilities(self.model, ids.expand(len(rows), -1)) for ids in self.ids]
+        return list(torch.stack(of_prompts, 1))
 
-    def _figures(self, edit: Edit | None, texts: list[Generated], p: torch.Tensor) -> Figures:
+    def _figures(self, row: Sequence[Edit], texts: list[Generated], p: Tensor) -> Figures:
         model = self.model
         new = [made.ids[made.prompt_length :].tolist() for made in texts]
         again = None
-        if edit is not None and edit.sae is not None and edit.latent is not None:
-            sae, latent = edit.sae, edit.latent
+        if row and row[0].sae is not None and row[0].latent is not None:
+            sae, latent = row[0].sae, row[0].latent
             again = statistics.fmean(reactivation(model, sae, latent, m.ids, m.prompt_length) for m in texts)
-            again /= edit.max_activation or 1.0
+            again /= row[0].max_activation or 1.0
         return Figures(
             kl=float(kl_parts(p, self.plain_p).sum(1).mean()),
             perplexity=statistics.median(
