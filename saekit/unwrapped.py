@@ -2,7 +2,7 @@
 
 TransformerBridge puts a component with hook points around each module of the Hugging Face model. While nothing hangs on a
 component's hook points, the module under it does the same by itself, and in a small model a token comes a third sooner. A
-block that is hooked where it begins or ends keeps its own component only; one that is hooked inside stays whole.
+block that is hooked where it begins or ends meets those hooks on its way in and out; one that is hooked inside stays whole.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
     from transformer_lens.model_bridge import TransformerBridge
 
 
@@ -29,13 +31,32 @@ class _Part(NamedTuple):
     """Components that stand aside together, as soon as nothing listens."""
 
     places: list[_Place]
-    listeners: list[Any]  # the bridge's modules whose hooks would be missed
+    hooks: list[
+        Mapping[int, Any]
+    ]  # torch's own, by their handles' numbers, of all modules whose hooks would be missed
     block: Any = None  # its bridge's own hooks, which only feed other hooks, do not count
     is_inside: bool = False  # of a block
 
     def is_free(self) -> bool:
+        heard = [kind for kind in self.hooks if kind]
+        if not heard:
+            return True
         ours = {handle.id for handle in getattr(self.block, "_capture_hook_handles", ())}
-        return not any(_listens(module, ours) for module in self.listeners)
+        return all(ours.issuperset(kind) for kind in heard)
+
+    def at_its_ends(self) -> list[RemovableHandle]:
+        """What hangs on the points where a block begins and ends, put on the module that runs in its place."""
+        if self.block is None or self.is_inside:
+            return []
+        block, (before, after) = self.block.original_component, (self.block.hook_in, self.block.hook_out)
+        handles = []
+        if any(_hooks_of(before)):
+            handles.append(
+                block.register_forward_pre_hook(partial(_begins, before), prepend=True, with_kwargs=True)
+            )
+        if any(_hooks_of(after)):
+            handles.append(block.register_forward_hook(partial(_ends, after)))
+        return handles
 
 
 class _Bridge:
@@ -44,7 +65,8 @@ class _Bridge:
     def __init__(self) -> None:
         self.lock = threading.RLock()  # there is one model for all threads
         self._parts: list[_Part] = []
-        self._aside: list[_Place] = []
+        self._aside: list[_Part] = []
+        self._at_ends: list[RemovableHandle] = []
         self._fused = False
 
     @contextlib.contextmanager
@@ -56,22 +78,25 @@ class _Bridge:
         free = [part.is_free() for part in parts]
         unseen = [is_free for is_free, part in zip(free, parts, strict=True) if part.is_inside]
         try:
-            self._put(
-                [place for is_free, part in zip(free, parts, strict=True) if is_free for place in part.places]
-            )
+            self._put([part for is_free, part in zip(free, parts, strict=True) if is_free])
             self._fuse(model.original_model, fused=bool(unseen) and all(unseen))
             yield
         finally:
             self._put(before)
             self._fuse(model.original_model, fused=was_fused)
 
-    def _put(self, places: list[_Place]) -> None:
+    def _put(self, parts: list[_Part]) -> None:
         """Let these components stand aside, and no others."""
-        for parent, name, component in self._aside:
-            parent._modules[name] = component
-        self._aside = places
-        for parent, name, component in places:
-            parent._modules[name] = component.original_component
+        for handle in self._at_ends:
+            handle.remove()
+        for part in self._aside:
+            for parent, name, component in part.places:
+                parent._modules[name] = component
+        self._aside = parts
+        for part in parts:
+            for parent, name, component in part.places:
+                parent._modules[name] = component.original_component
+        self._at_ends = [handle for part in parts for handle in part.at_its_ends()]
 
     def _parts_of(self, model: nn.Module) -> list[_Part]:
         """The parts, while none of them stands aside."""
@@ -114,6 +139,16 @@ def _is_processed(model: Any) -> bool:
     return bool(model.compatibility_mode or getattr(model, "_weights_processed", False))
 
 
+def _begins(point: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args:
+        return (point(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": point(kwargs["hidden_states"])}
+
+
+def _ends(point: Any, module: Any, args: Any, output: Any) -> Any:
+    return (point(output[0]), *output[1:]) if isinstance(output, tuple) else point(output)
+
+
 def _parts_of(module: nn.Module) -> Iterator[_Part]:
     from transformer_lens.model_bridge.generalized_components import BlockBridge
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -124,12 +159,16 @@ def _parts_of(module: nn.Module) -> Iterator[_Part]:
             yield from _parts_of(child)
         elif isinstance(child, BlockBridge):  # it runs the block under it part by part
             everything = _listening_posts(child)
-            yield _Part([place], everything, child)
-            ends = (child, child.hook_in, child.hook_out)
-            inside = [m for m in everything if all(m is not end for end in ends)]
-            yield _Part(list(_places(child.original_component)), inside, child, is_inside=True)
+            ends = [child.hook_in, child.hook_out]
+            missed = [m for m in everything if all(m is not end for end in ends)]
+            is_plain = (
+                type(child).forward is BlockBridge.forward
+            )  # it does no more than `_begins` and `_ends`
+            yield _Part([place], _hooks_of(*(missed if is_plain else everything)), child)
+            inside = [m for m in missed if m is not child]
+            yield _Part(list(_places(child.original_component)), _hooks_of(*inside), child, is_inside=True)
         elif child.original_component is not None:
-            yield _Part([place, *_places(child.original_component)], _listening_posts(child))
+            yield _Part([place, *_places(child.original_component)], _hooks_of(*_listening_posts(child)))
 
 
 def _places(module: Any) -> Iterator[_Place]:
@@ -152,13 +191,15 @@ def _listening_posts(component: nn.Module) -> list[Any]:
     return [m for m in component.modules() if isinstance(m, (GeneralizedComponent, HookPoint))]
 
 
-def _listens(module: Any, ignored: set[int]) -> bool:
-    if getattr(module, "fwd_hooks", None) or getattr(module, "bwd_hooks", None):
-        return True
-    hooks = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    return any(kind and not ignored.issuperset(kind) for kind in hooks)
+def _hooks_of(*modules: Any) -> list[Mapping[int, Any]]:
+    """Where torch keeps the hooks of these; HookPoints and components keep theirs there too."""
+    return [
+        kind
+        for module in modules
+        for kind in (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._backward_pre_hooks,
+            module._backward_hooks,
+        )
+    ]

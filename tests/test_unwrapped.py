@@ -64,9 +64,13 @@ def test_hooks_that_are_on_act(lm, site) -> None:
         expected = logits(lm)
         with unwrapped(lm):
             torch.testing.assert_close(logits(lm), expected, atol=1e-4, rtol=1e-4)
+            if site.endswith(("hook_resid_pre", "hook_resid_post")):
+                assert not components(lm), "where a block begins or ends its hooks are met without them"
             assert (
                 len(components(lm)) < 16 * 3
             )  # the hooked block's at most, under its own names and the bridge's
+        assert torch.equal(logits(lm), expected)
+    assert seen.pop() == site
     assert seen == [site, site]
     assert not torch.allclose(expected, plain, atol=1e-3)
 
@@ -74,12 +78,16 @@ def test_hooks_that_are_on_act(lm, site) -> None:
 def test_torch_hooks_on_components_and_on_modules_fire(lm) -> None:
     fired = []
     block = lm.blocks[1]
-    for module in (block, block.mlp, block.original_component, lm.original_model.get_output_embeddings()):
+    head = lm.original_model.get_output_embeddings()
+    logits(lm)  # at its first forward transformers puts hooks of its own on the blocks
+    before = [*block.original_component._forward_hooks, *block.original_component._forward_pre_hooks]
+    for module in (block, block.hook_in, block.hook_out, block.mlp, block.original_component, head):
         handle = module.register_forward_hook(lambda *_: fired.append(1))
         with unwrapped(lm):
             logits(lm)
         handle.remove()
-    assert len(fired) == 4
+    assert len(fired) == 6
+    assert [*block.original_component._forward_hooks, *block.original_component._forward_pre_hooks] == before
 
 
 def test_components_come_back_after_an_exception(lm) -> None:

@@ -1,5 +1,5 @@
 """The work of a training step that is not a product: choosing pairs of token and latent, sums over the chosen ones, and what
-is done to each latent of each token where none are chosen.
+is done to each latent of each token where none are chosen. And products of a few rows, which are what generation waits for.
 
 Every function says what it computes in plain torch, and is that wherever nothing better is at hand; on a CPU with a
 compiler it is `native.cpp`, on a GPU with Triton `triton_kernels.py`, equal to rounding. Nothing here knows of autograd
@@ -225,6 +225,53 @@ def gate_back(
     h = torch.where(opened & (a[:, None] * gate + b[:, None] > 0), g_f, 0).to(lift.dtype)
     r = torch.where(opened, g_gate + lift[:, None], 0) + a[:, None] * h
     return out.copy_(r), r.sum(1), (h * gate).sum(1), h.sum(1)
+
+
+# Products of a few rows, for which libraries made for many take up to six times as long as the weights need from memory
+
+FEW = 8  # rows
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b as `torch.nn.Linear` has it: x […, D], weight [S, D], bias [S] → […, S], of x's dtype.
+
+    Of up to `FEW` rows each comes out as it would alone, bit for bit, where the compiled kernels take them; summed in float32.
+    """
+    if rows := _few(x, weight, bias):
+        S, D = weight.shape
+        out = x.new_empty(*x.shape[:-1], S)
+        native.call(_typed("linear", x), x.contiguous(), rows, D, weight, S, bias, out)
+        return out
+    return F.linear(x, weight, bias)
+
+
+def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W + b as GPT-2's Conv1D has it: `linear` with weight [D, S]."""
+    if rows := _few(x, weight, bias):
+        D, S = weight.shape
+        out = x.new_empty(*x.shape[:-1], S)
+        native.call(_typed("conv1d", x), x.contiguous(), rows, D, weight, S, bias, out)
+        return out
+    if bias is None:
+        return x @ weight
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """How many rows x has, if the compiled kernels take them; else 0. (Asked for each layer of each token: so no loops.)"""
+    dtype = x.dtype
+    fits = (
+        (dtype == torch.float32 or dtype == torch.bfloat16)
+        and weight.dtype == dtype
+        and x.is_cpu
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and (bias is None or (bias.dtype == dtype and bias.is_contiguous()))
+    )
+    rows = x.numel() // x.shape[-1] if fits and x.numel() else 0
+    if rows > FEW or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        return 0
+    return rows if native.library() is not None else 0
 
 
 def _positive(f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

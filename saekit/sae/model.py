@@ -340,7 +340,10 @@ class SAE(nn.Module):
 
     def encode_some(self, x: Tensor, latents: Sequence[int]) -> Tensor:
         """f [.., n] at n latents: one encoder column each, but for topk, where all latents compete."""
-        some = [self.check_latent(latent) for latent in latents]
+        at = [self.check_latent(latent) for latent in latents]
+        some: slice | list[int] = at
+        if len(at) == 1:
+            some = slice(at[0], at[0] + 1)  # a view: nothing is gathered at each token that is steered
         shifted = self._input(x)
         shifted = shifted if self.shift is None else shifted - self.shift
         p = shifted @ self.W_enc[:, some] + self.encoder_bias[some]
@@ -351,7 +354,7 @@ class SAE(nn.Module):
         assert self.k is not None
         every = self.preactivations(x)
         winners = every.topk(self.k, sorted=False).indices
-        wins = (winners[..., None, :] == torch.tensor(some, device=x.device)[:, None]).any(-1)
+        wins = (winners[..., None, :] == torch.tensor(at, device=x.device)[:, None]).any(-1)
         return torch.where(wins, every[..., some].relu(), 0.0)
 
     def decode(self, f: Tensor) -> Tensor:

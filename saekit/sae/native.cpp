@@ -1,5 +1,6 @@
-// The work of a training step on a CPU that is not a product. Each function has a plain-torch twin in kernels.py, which is what runs where
-// no compiler is found, and which the tests hold it against. Rows are split over threads; no result depends on the split.
+// The work of a training step on a CPU that is not a product, and the products of a few rows that generation is made of. Each function
+// has a plain-torch twin in kernels.py, which is what runs where no compiler is found, and which the tests hold it against. Rows are
+// split over threads; no result depends on the split.
 //
 // B tokens, S = d_sae, W a row's width, n chosen (token, latent) pairs.
 
@@ -73,6 +74,42 @@ inline void store(T* p, f32x16 v, i64 n) {
   store(padded, v);
   std::memcpy(p, padded, n * sizeof(T));
 }
+// TWO vectors at a time of memory that is not cut into lanes anywhere: of bfloat16 the even entries and the odd ones, which costs a shift
+// and a mask where in their order they would have to be moved apart. So only sums, and products with what was loaded alike.
+constexpr int TWO = 2 * LANES;
+struct Two { f32x16 a, b; };
+inline Two load_two(const float* p) { return {load(p), load(p + LANES)}; }
+inline Two load_two(const bf16* p) {
+  u32x16 both;
+  std::memcpy(&both, p, sizeof both);
+  return {(f32x16)(both << 16), (f32x16)(both & 0xffff0000u)};
+}
+inline void store_two(float* p, Two v) { store(p, v.a), store(p + LANES, v.b); }
+inline void store_two(bf16* p, Two v) {
+  u32x16 both = (u32x16)rounded(v.a, p) >> 16 | (u32x16)rounded(v.b, p);
+  std::memcpy(p, &both, sizeof both);
+}
+template <class T>
+inline Two load_two(const T* p, i64 n) {
+  if (n == TWO) return load_two(p);
+  T padded[TWO] = {};
+  std::memcpy(padded, p, n * sizeof(T));
+  return load_two(padded);
+}
+template <class T>
+inline void store_two(T* p, Two v, i64 n) {
+  if (n == TWO) return store_two(p, v);
+  T padded[TWO];
+  store_two(padded, v);
+  std::memcpy(p, padded, n * sizeof(T));
+}
+// Where entry i of TWO lies when they are loaded.
+inline int place(int i, const float*) { return i; }
+inline int place(int i, const bf16*) { return i / 2 + i % 2 * LANES; }
+template <class F>
+inline void along_two(i64 n, F f) {
+  for (i64 i = 0; i < n; i += TWO) f(i, std::min<i64>(TWO, n - i));
+}
 inline i32x16 first(i64 n) {
   return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < int32_t(n);
 }
@@ -92,6 +129,12 @@ void split(i64 n, i64 work, int threads, F f) {
   f(i64(0), n / parts);
   for (auto& other : others) other.join();
 #endif
+}
+
+// Like split, in parts that begin where a whole TWO does, for work that waits for memory: a thread is worth more of it.
+template <class F>
+void split_two(i64 n, i64 loads, int threads, F f) {
+  split((n + TWO - 1) / TWO, loads / 8, threads, [=](i64 begin, i64 end) { f(begin * TWO, std::min(n, end * TWO)); });
 }
 
 // Like split, in parts of equal numbers of pairs where segment j holds pairs starts[j] … starts[j + 1].
@@ -393,6 +436,106 @@ void gate_back(const T* gates, const T* g_gate, const T* g_f, const float* a, co
   });
 }
 
+// Products of M rows, few of them, with weights that have to come from memory, once for all rows. A row's sums are taken in one order
+// however many rows there are, so that it comes out alike among others and alone.
+
+constexpr int SOME_ROWS = 8, SOME_TOKENS = 4;  // of the weights and of x at a time: their sums fit the registers
+
+// Into sums [M, TWO], in the order of load_two, what x [M, padded], which is in that order, gives with R rows of the weights.
+template <int R, int M, class T>
+inline void inner(const float* x, i64 padded, const T* w, i64 D, float* sums, int at) {
+  f32x16 found[R][M] = {};
+  auto add = [&](i64 i, i64 n) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Two here = load_two(w + r * D + i, n);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        found[r][m] += here.a * load(x + m * padded + i);
+        found[r][m] += here.b * load(x + m * padded + i + LANES);
+      }
+    }
+  };
+  i64 i = 0;
+  for (; i + TWO <= D; i += TWO) add(i, TWO);
+  if (i < D) add(i, D - i);
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) sums[m * TWO + place(at + r, w)] = total(found[r][m]);
+}
+template <int R, class T>
+inline void inner(const float* x, i64 M, i64 padded, const T* w, i64 D, float* sums, int at) {
+  for (; M >= SOME_TOKENS; M -= SOME_TOKENS, x += SOME_TOKENS * padded, sums += SOME_TOKENS * TWO)
+    inner<R, SOME_TOKENS>(x, padded, w, D, sums, at);
+  if (M == 3) inner<R, 3>(x, padded, w, D, sums, at);
+  if (M == 2) inner<R, 2>(x, padded, w, D, sums, at);
+  if (M == 1) inner<R, 1>(x, padded, w, D, sums, at);
+}
+
+// Onto sums [M, stride], in the order of load_two, R rows of the weights from a column on, n columns long, each times its entry of x [M, D].
+template <int R, class T>
+inline void outer(const float* x, i64 M, i64 D, const T* w, i64 S, i64 n, float* sums, i64 stride) {
+  along_two(n, [=](i64 column, i64 many) __attribute__((always_inline)) {
+    Two here[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) here[r] = load_two(w + r * S + column, many);
+    for (i64 m = 0; m < M; ++m) {
+      float* row = sums + m * stride + column;
+      Two sum = {load(row), load(row + LANES)};
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        f32x16 times = all(x[m * D + r]);
+        sum.a += times * here[r].a, sum.b += times * here[r].b;
+      }
+      store(row, sum.a), store(row + LANES, sum.b);
+    }
+  });
+}
+
+// out [M, S], n columns of it: sums, in the order of load_two, and the bias, rounded once.
+template <class T>
+inline void told(const float* sums, i64 M, i64 stride, const T* bias, i64 n, T* out, i64 S) {
+  for (i64 m = 0; m < M; ++m)
+    along_two(n, [=](i64 column, i64 many) {
+      const float* row = sums + m * stride + column;
+      Two sum = {load(row), load(row + LANES)}, more = bias ? load_two(bias + column, many) : Two{};
+      store_two(out + m * S + column, Two{sum.a + more.a, sum.b + more.b}, many);
+    });
+}
+
+// out = x wᵀ + bias: x [M, D], w [S, D], bias [S] or none.
+template <class T>
+void linear(const T* x, i64 M, i64 D, const T* w, i64 S, const T* bias, T* out, int threads) {
+  i64 padded = (D + TWO - 1) / TWO * TWO;
+  std::vector<float> wide(M * padded);
+  for (i64 m = 0; m < M; ++m)
+    along_two(D, [&](i64 i, i64 n) { store_two(wide.data() + m * padded + i, load_two(x + m * D + i, n)); });
+  split_two(S, D * S, threads, [&](i64 begin, i64 end) {
+    std::vector<float> sums(M * TWO);
+    along_two(end - begin, [&](i64 from, i64 n) {
+      const T* rows = w + (begin + from) * D;
+      int r = 0;
+      for (; r + SOME_ROWS <= n; r += SOME_ROWS) inner<SOME_ROWS>(wide.data(), M, padded, rows + r * D, D, sums.data(), r);
+      for (; r < n; ++r) inner<1>(wide.data(), M, padded, rows + r * D, D, sums.data(), r);
+      told(sums.data(), M, TWO, bias ? bias + begin + from : nullptr, n, out + begin + from, S);
+    });
+  });
+}
+
+// out = x w + bias: x [M, D], w [D, S], bias [S] or none.
+template <class T>
+void conv1d(const T* x, i64 M, i64 D, const T* w, i64 S, const T* bias, T* out, int threads) {
+  std::vector<float> wide(M * D);
+  for (i64 i = 0; i < M * D; ++i) wide[i] = widened(x[i]);
+  split_two(S, D * S, threads, [&](i64 begin, i64 end) {
+    i64 n = end - begin, stride = (n + TWO - 1) / TWO * TWO, d = 0;
+    std::vector<float> sums(M * stride);
+    for (; d + SOME_ROWS <= D; d += SOME_ROWS)
+      outer<SOME_ROWS>(wide.data() + d, M, D, w + d * S + begin, S, n, sums.data(), stride);
+    for (; d < D; ++d) outer<1>(wide.data() + d, M, D, w + d * S + begin, S, n, sums.data(), stride);
+    told(sums.data(), M, stride, bias ? bias + begin : nullptr, n, out + begin, S);
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -442,6 +585,18 @@ void gate_bf16(bf16* p, const float* bias, const float* a, const float* b, i64 S
 void gate_back_bf16(const bf16* gates, const bf16* g_gate, const bf16* g_f, const float* a, const float* b, const float* lift,
                    i64 S, i64 B, bf16* out, float* sums, float* a_sums, float* b_sums, int threads) {
   gate_back(gates, g_gate, g_f, a, b, lift, S, B, out, sums, a_sums, b_sums, threads);
+}
+void linear_f32(const float* x, i64 M, i64 D, const float* w, i64 S, const float* bias, float* out, int threads) {
+  linear(x, M, D, w, S, bias, out, threads);
+}
+void linear_bf16(const bf16* x, i64 M, i64 D, const bf16* w, i64 S, const bf16* bias, bf16* out, int threads) {
+  linear(x, M, D, w, S, bias, out, threads);
+}
+void conv1d_f32(const float* x, i64 M, i64 D, const float* w, i64 S, const float* bias, float* out, int threads) {
+  conv1d(x, M, D, w, S, bias, out, threads);
+}
+void conv1d_bf16(const bf16* x, i64 M, i64 D, const bf16* w, i64 S, const bf16* bias, bf16* out, int threads) {
+  conv1d(x, M, D, w, S, bias, out, threads);
 }
 // out[j] = Σ over the pairs i of segment j of weights[i], or weights[order[i]], · table[index[i]].
 void segment_sum(const i64* index, const float* weights, const i64* order, const i64* starts, i64 m, const float* table,

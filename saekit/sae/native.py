@@ -43,6 +43,10 @@ SIGNATURES = {
     "gate_back_bf16": "ppppppiipppp",
     "kth_largest_of": "piip",
     "by_latent": "ppiippp",
+    "linear_f32": "piipipp",
+    "linear_bf16": "piipipp",
+    "conv1d_f32": "piipipp",
+    "conv1d_bf16": "piipipp",
     "segment_sum": "ppppipip",
     "segment_total": "pppip",
     "pair_dots": "ppippip",
@@ -68,9 +72,9 @@ def usable(*tensors: Tensor) -> bool:
 
 def call(function: str, *arguments: Tensor | int | float | None) -> None:
     """Call a kernel, its last argument, the number of threads, added. Tensors go as pointers, None as a null one."""
-    lib = library()
-    assert lib is not None, "ask usable() first"
-    given = (value.data_ptr() if isinstance(value, Tensor) else value for value in arguments)
+    lib = _built()
+    assert lib is not None, "ask library() first"
+    given = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
     getattr(lib, function)(*given, torch.get_num_threads())
 
 

@@ -1,7 +1,7 @@
 """Continuing prompts: cached, batched, sampled from a seed for each row, streamed, with chat templates.
 
 The Hugging Face model under the bridge runs step by step on its own cache, without the bridge's components where nobody listens
-(`unwrapped`), so edits that are on are on here too. Sampling is greedy search over logits with Gumbel noise added (Gumbel 1954;
+(`unwrapped`) and with products of its own for the few rows of a step (`few_rows`); edits that are on are on here too. Sampling is greedy search over logits with Gumbel noise added (Gumbel 1954;
 argmax(log p + g) draws from p), so that each row of a batch draws from a generator of its own: row i of a batch is what its prompt
 and seed give alone, and the global generator is left as it was.
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import InvalidInput
+from saekit.steering.few_rows import FewRows
 from saekit.unwrapped import unwrapped
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def generate(
     ids = [prompt_ids(model, prompt, max_new_tokens) for prompt in prompts]
     sampler = _Sampler(_seeds(seed, len(ids)), temperature, top_p, top_k)
     rows = _Rows(model, ids, sampler, stop_at_eos=stop_at_eos, cached=cached)
-    with unwrapped(model):
+    with unwrapped(model), rows.products:
         while not rows.ended and rows.made < max_new_tokens:
             rows.step()
     return [_told(model, row, prompt) for row, prompt in zip(rows.ids(), ids, strict=True)]
@@ -110,7 +111,10 @@ def stream_rows(
 
     def steps() -> Generator[list[str], None, list[Generated]]:
         while not rows.ended and rows.made < max_new_tokens:
-            with unwrapped(model):  # step by step: between two of them the model is everybody's
+            with (
+                unwrapped(model),
+                rows.products,
+            ):  # step by step: between two of them the model is everybody's
                 rows.step()
             last = rows.ended or rows.made == max_new_tokens
             yield [text.grown(row, last=last) for text, row in zip(texts, rows.ids(), strict=True)]
@@ -219,26 +223,32 @@ class _Rows:
         cached: bool,
     ) -> None:
         self._model: Any = model.original_model
+        self.products = FewRows(self._model)  # to be open around steps
         self._sampler, self._cached = sampler, cached
         self._takes = inspect.signature(self._model.forward).parameters
         tokenizer, longest = model.tokenizer, max(map(len, prompts))
-        stops = _stops(model) if stop_at_eos else []
+        self._stops = _stops(model) if stop_at_eos else set()
         self._pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         text = torch.full((len(prompts), longest), self._pad, device=model.cfg.device)
         mask = torch.zeros_like(text)
         for row, prompt in enumerate(prompts):
             text[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
-        self._stops = torch.tensor(stops, dtype=torch.int64, device=text.device)
         self._prompts, self._past = prompts, None
         self._new = [text]  # what the model has yet to read, and then what it has drawn, [N, 1] each
         self._mask = None if bool(mask.all()) else mask  # a batch without padding needs none
-        self._on = torch.ones(len(prompts), dtype=torch.bool, device=text.device)
+        self._made: list[list[int]] = [[] for _ in prompts]
+        self._on = [True for _ in prompts]
         self.made = 0
-        self.ended = False
+
+    @property
+    def ended(self) -> bool:
+        return not any(self._on)
 
     @torch.inference_mode()  # as TransformerLens generates
     def step(self) -> None:
+        from saekit.steering.cache import roomy  # here: it brings transformers
+
         inputs: dict[str, Any] = {"input_ids": self._new[-1], "use_cache": self._cached}
         if self._past is None:
             inputs["input_ids"] = torch.cat(self._new, 1)
@@ -251,32 +261,35 @@ class _Rows:
                 inputs["position_ids"] = position[:, -inputs["input_ids"].shape[1] :]
         if "logits_to_keep" in self._takes:
             inputs["logits_to_keep"] = 1
-        made = self._model(**inputs)
-        if self._cached:
-            self._past = getattr(made, "past_key_values", None)  # a model without one reads it all again
-        new = self._sampler(made.logits[:, -1]).argmax(-1)
-        new = torch.where(self._on, new, self._pad)
-        self._on = self._on & ~torch.isin(new, self._stops)
-        self._new.append(new[:, None])
+        out = self._model(**inputs)
+        if self._cached and self._past is None:
+            self._past = roomy(
+                getattr(out, "past_key_values", None)
+            )  # a model without one reads it all again
+        new = self._sampler(out.logits[:, -1]).argmax(-1)
+        for row, drawn in enumerate(new.tolist()):
+            if self._on[row]:
+                self._made[row].append(drawn)
+                self._on[row] = drawn not in self._stops
+        self._new.append(new[:, None])  # what an ended row goes on with is nobody's
         if self._mask is not None:
             self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], 1)
         self.made += 1
-        self.ended = not bool(self._on.any())
 
     def ids(self) -> list[Tensor]:
         """Each prompt's ids and the new ones up to its end, on the CPU."""
-        new = torch.cat([self._new[0][:, :0], *self._new[1:]], 1).cpu()
-        ends = torch.isin(new, self._stops.cpu())
-        lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, new.shape[1]).tolist()
-        return [torch.cat([p.cpu(), row[:n]]) for p, row, n in zip(self._prompts, new, lengths, strict=True)]
+        return [
+            torch.cat([p.cpu(), torch.tensor(new, dtype=torch.int64)])
+            for p, new in zip(self._prompts, self._made, strict=True)
+        ]
 
 
-def _stops(model: TransformerBridge) -> list[int]:
+def _stops(model: TransformerBridge) -> set[int]:
     """Tokens that end a text: the tokenizer's EOS, and what the model's own settings name besides (a chat's end of turn)."""
     settings: Any = getattr(model.original_model, "generation_config", None)
     named = getattr(settings, "eos_token_id", None)
     found = [model.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return sorted({int(i) for i in found if i is not None})
+    return {int(i) for i in found if i is not None}
 
 
 class _Growing:

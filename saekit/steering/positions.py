@@ -46,10 +46,19 @@ class Look:
     """What one forward looks at."""
 
     def __init__(
-        self, ids: Tensor, position: Tensor, prompt_length: Tensor, prompt: int, start: int, columns: int
+        self,
+        ids: Tensor,
+        position: Tensor,
+        prompt_length: Tensor,
+        prompt: int,
+        start: int,
+        columns: int,
+        *,
+        is_padded: bool,
     ) -> None:
         self.ids = ids  # [N, T]
         self.position = position  # [N, T] counted over each row's real tokens; −1 on padding
+        self._is_padded = is_padded  # or may be
         self.prompt_length = prompt_length  # [N, 1] real tokens of the prompt
         self.prompt = prompt  # the how manieth prompt this is, or goes on with
         self._past_prompt = start >= columns  # all of its columns come after the prompt's
@@ -69,18 +78,24 @@ class Look:
             return _among(self.position, positions)
         if (positions == "prompt" and self._past_prompt) or (positions == "generated" and self._in_prompt):
             return None
-        chosen = self.position >= 0
+        wanted = [self.position >= 0] if self._is_padded else []
         if positions == "prompt":
-            chosen = chosen & (self.position < self.prompt_length)
+            wanted.append(self.position < self.prompt_length)
         elif positions == "generated" and not self._past_prompt:
-            chosen = chosen & (self.position >= self.prompt_length)
+            wanted.append(self.position >= self.prompt_length)
         elif positions == "last_prompt" and not self._past_prompt:
-            chosen = chosen & (self.position >= self.prompt_length - 1)
-        return chosen & ~_among(self.ids, special) if special else chosen
+            wanted.append(self.position >= self.prompt_length - 1)
+        if special:
+            wanted.append(_among(self.ids, special).logical_not())
+        if not wanted:
+            return torch.ones_like(self.ids, dtype=torch.bool)
+        return functools.reduce(torch.logical_and, wanted)
 
 
 def _among(values: Tensor, wanted: tuple[int, ...]) -> Tensor:
     """Whether each value is one of a few: a comparison with each, quicker than `torch.isin`."""
+    if len(wanted) == 1:
+        return values == wanted[0]
     return (values[..., None] == _on_device(wanted, values.device)).any(-1)
 
 
@@ -110,28 +125,31 @@ class Tracker:
         start = int(cache.get_seq_length()) if cache is not None else 0
         total = start + ids.shape[1]
         goes_on = self._goes_on_cached(ids, start) if start else self._goes_on(ids)
-        position, real = self._positions(ids, start, total, kwargs)
+        position, real, is_padded = self._positions(ids, start, total, kwargs)
         if not goes_on or self._prompt_length is None:
             self._columns, self._prompt_length = total, real
             self._prompt += 1
         self._ids, self._total = (None if start else ids), total
-        self.look = Look(ids, position, self._prompt_length, self._prompt, start, self._columns)
+        self.look = Look(
+            ids, position, self._prompt_length, self._prompt, start, self._columns, is_padded=is_padded
+        )
 
     def _positions(
         self, ids: Tensor, start: int, total: int, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """[N, T] positions over the real tokens, and [N, 1] how many real tokens there are by now."""
+    ) -> tuple[Tensor, Tensor, bool]:
+        """[N, T] positions over the real tokens, [N, 1] how many real tokens there are by now, and whether any may be padding."""
         attention, given = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if isinstance(attention, Tensor) and attention.ndim == 2 and attention.shape[1] >= total:
             real = attention[:, :total].to(ids.device, torch.bool)
             counted = real.cumsum(1)
-            return torch.where(real, counted - 1, -1)[:, start:], counted[:, -1:]
-        counted = torch.full((len(ids), 1), total, device=ids.device)
-        # a mask of another form: what is missing in the last position is padding on the left
+            return torch.where(real, counted - 1, -1)[:, start:], counted[:, -1:], True
         if attention is not None and isinstance(given, Tensor) and given.shape == ids.shape:
+            # a mask of another form: what is missing in the last position is padding on the left
             counted = given[:, -1:].to(ids.device) + 1
-        columns = torch.arange(start - total, 0, device=ids.device)
-        return (columns + counted).clamp_min(-1), counted
+            columns = torch.arange(start - total, 0, device=ids.device)
+            return (columns + counted).clamp_min(-1), counted, True
+        position = torch.arange(start, total, device=ids.device).expand(len(ids), -1)
+        return position, position[:, -1:] + 1, False
 
     def _goes_on_cached(self, ids: Tensor, start: int) -> bool:
         """A step on a cache that holds the text so far (or less of it: drafted tokens may have been rejected)."""

@@ -367,6 +367,108 @@ def test_nan_stays_nan_where_all_latents_are_looked_at(dtype) -> None:
         assert p[2].isnan().all()
 
 
+# Products of a few rows
+
+WIDTHS = st.sampled_from([1, 5, 16, 31, 32, 33, 64, 95, 200])
+PRODUCTS = {"linear": kernels.linear, "conv1d": kernels.conv1d}
+
+
+def factors(rows, D, S, dtype, seed=0, *, product="linear", bias=True):
+    """x [rows, D], weight and bias of a product."""
+    shape = (S, D) if product == "linear" else (D, S)
+    given = randn(rows, D, seed=seed), randn(*shape, seed=seed + 1), randn(S, seed=seed + 2)
+    x, weight, b = (t.to(dtype) for t in given)
+    return x, weight, b if bias else None
+
+
+def exactly(x, weight, bias, product):
+    """The product in float64."""
+    y = x.double() @ (weight.double().t() if product == "linear" else weight.double())
+    return y if bias is None else y + bias.double()
+
+
+def error_of(rounding, x, weight, bias, product):
+    """What sums in float32, rounded to a dtype, may be off by, entry by entry."""
+    terms = exactly(x.abs(), weight.abs(), None if bias is None else bias.abs(), product)
+    return rounding * terms.abs() + 2e-6 * terms
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@some
+@given(
+    st.integers(1, kernels.FEW + 2),
+    WIDTHS,
+    WIDTHS,
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_a_product_of_a_few_rows(product, rows, D, S, dtype, bias, seed) -> None:
+    given = factors(rows, D, S, dtype, seed, product=product, bias=bias)
+    ((fast,), (plain,)) = both(PRODUCTS[product], *given)
+    assert fast.dtype == plain.dtype == dtype
+    assert fast.shape == plain.shape == (rows, S)
+    exact = exactly(*given, product)
+    for found in (fast, plain):
+        half_a_step = 2**-8 if dtype == torch.bfloat16 else 0
+        off = (found.double() - exact).abs()
+        # torch may round a bfloat16 sum before it adds the bias
+        assert (off <= error_of(half_a_step * (1 if found is fast else 2), *given, product)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_row_among_others_is_what_it_is_alone(product, dtype) -> None:
+    x, weight, bias = factors(kernels.FEW, 70, 130, dtype, product=product)
+    function = PRODUCTS[product]
+    for n in range(1, kernels.FEW + 1):
+        together = function(x[:n], weight, bias)
+        for i in range(n):
+            assert torch.equal(together[i : i + 1], function(x[i : i + 1], weight, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_product_keeps_other_dimensions_and_what_is_no_number(product, dtype) -> None:
+    x, weight, bias = factors(6, 40, 50, dtype, product=product)
+    flat = PRODUCTS[product](x, weight, bias)
+    assert torch.equal(PRODUCTS[product](x.view(2, 3, 40), weight, bias), flat.view(2, 3, 50))
+    assert torch.equal(PRODUCTS[product](x.t().contiguous().t(), weight, bias), flat)
+    for odd in (NAN, INF):
+        x[1, 7] = odd
+        ((fast,), (plain,)) = both(PRODUCTS[product], x, weight, bias)
+        assert fast[1].isfinite().logical_not().all()
+        assert torch.equal(fast[1].isnan(), plain[1].isnan())
+        assert torch.equal(fast[[0, 2, 3, 4, 5]], flat[[0, 2, 3, 4, 5]])
+
+
+def test_which_products_are_left_to_torch(library) -> None:
+    x, weight, bias = factors(2, 8, 8, torch.float32)
+    asked = []
+    with patch.object(native, "call", lambda name, *_: asked.append(name)):
+        kernels.linear(x, weight, bias)
+        kernels.conv1d(x, weight, bias)
+        assert asked == ["linear_f32", "conv1d_f32"]
+        with plainly():
+            kernels.linear(x, weight, bias)
+        for other in (
+            (x.double(), weight.double(), bias.double()),
+            (x.half(), weight.half(), bias.half()),
+            (x, weight.t(), bias),
+            (x.clone().requires_grad_(), weight, bias),
+            (x, weight.clone().requires_grad_(), bias),
+            (x.repeat(kernels.FEW, 1), weight, bias),
+            (x[:0], weight, bias),
+        ):
+            for function in PRODUCTS.values():
+                function(*other)
+    assert len(asked) == 2
+    x.requires_grad_()
+    for function in PRODUCTS.values():
+        (grad,) = torch.autograd.grad(function(x, weight, bias).sum(), x)
+        assert grad.abs().sum() > 0
+
+
 # Threads
 
 
@@ -410,6 +512,8 @@ def test_the_same_bits_with_any_number_of_threads(n) -> None:
         (kernels.gate_back, p, p + 1, p - 1, randn(200), randn(200, seed=1), randn(200, seed=2)),
         (kernels.pair_dots, tokens, latents, starts, rest, rows),
         (kernels.decode_error, tokens, latents, starts, weights, rows, rest),
+        (kernels.linear, *factors(2, 700, 9000, torch.float32)),
+        (kernels.conv1d, *factors(2, 700, 9000, torch.float32, product="conv1d")),
     ]
     for function, *arguments in calls:
         with threads(1):

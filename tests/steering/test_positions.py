@@ -247,11 +247,16 @@ def test_positions_count_real_tokens_on_either_side_of_padding() -> None:
     assert tracker.look.position.tolist() == [[-1, -1, 0, 1], [0, 1, -1, -1], [0, 1, 2, 3]]
     last = tracker.look.mask("last_prompt")
     assert last.nonzero().tolist() == [[0, 3], [1, 1], [2, 3]]
+    for positions in ("all", "prompt"):
+        assert torch.equal(tracker.look.mask(positions), mask.bool()), "padding is no token"
+        assert not tracker.look.mask(positions, [7]).any()
     given = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3]])
     tracker(None, (ids,), {"attention_mask": torch.zeros(3, 1, 4, 4), "position_ids": given})
     assert tracker.look.position.tolist() == [[-1, -1, 0, 1], [-1, 0, 1, 2], [0, 1, 2, 3]]
+    assert torch.equal(tracker.look.mask("all"), tracker.look.position >= 0)
     tracker(None, (ids,), {"position_ids": given})  # without a mask nothing is padding
     assert tracker.look.position.tolist() == [[0, 1, 2, 3]] * 3
+    assert tracker.look.mask("all").all()
 
 
 def test_beams_that_change_rows_go_on_generating() -> None:
