@@ -125,7 +125,6 @@ FROM_TOKENS = (
 OF_A_CATALOG = (SAEKIT, SAEKIT_FP32, Contender("SAEDashboard", "SAEDashboard"))
 OF_STEERING = (
     SAEKIT,
-    Contender("same model, plain", "saekit", {"plain": True}),
     SAEKIT_FP32,
     Contender("clamp, TopK SAE", "saekit", {"clamp": True}),
     Contender("repeng", "repeng"),
@@ -242,14 +241,14 @@ def catalog_rows(inputs: Inputs, wanted: Wanted) -> Iterator[Row]:
 
 def steer_rows(inputs: Inputs, wanted: Wanted) -> Iterator[Row]:
     """Generation with a direction added at the site, in the model of the other clocks and in the embedded one."""
-    new = 8 if wanted.quick else 64
+    new, pairs = (8, 2) if wanted.quick else (64, 15)
     models = [
         ("one prompt", inputs.model, SITE, MODEL["n_embd"]),
         ("one prompt, embedded model", embedded.folder("model"), "blocks.3.hook_resid_pre", 256),
     ]
     for name, model, site, width in models:
         job = {
-            "clock": "steer", "model": str(model), "site": site, "new_tokens": new,
+            "clock": "steer", "model": str(model), "site": site, "new_tokens": new, "pairs": pairs,
             "arrays": str(inputs.steering(width)),
         }  # fmt: skip
         yield _row(

@@ -128,7 +128,7 @@ def serve(module: str) -> None:
                 task = make(job, arrays[1])
             elif "steps" in request:
                 assert task is not None
-                answer["seconds"] = [_timed(task.step) for _ in range(request["steps"])]
+                answer["seconds"] = [seconds_of(task.step) for _ in range(request["steps"])]
             elif task is not None:
                 answer["memory_mb"] = round((_peak() - before) / MB, 1)
                 answer |= task.figures()
@@ -151,7 +151,7 @@ def _settle() -> None:
     torch.optim.Adam([weights]).step()
 
 
-def _timed(step: Callable[[], Any]) -> float:
+def seconds_of(step: Callable[[], Any]) -> float:
     start = time.perf_counter()
     step()
     return time.perf_counter() - start

@@ -5,7 +5,7 @@ lm         `sites.capture`
 end        `Activations` and one `Trainer.step`, or one for each of `saes`
 run        the same from nothing over `tokens`, whole
 catalog    `Catalog.build`
-steer      `saekit.generate`, inside `saekit.steer` or plain
+steer      `saekit.generate` inside `saekit.steer`; and by turns with the plain model
 quality    a whole training run, judged by `saekit.evaluate` (`benchmarks.quality`'s settings)
 """
 
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import statistics
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import saekit
-from benchmarks.speed_process import FAINT, MB, Task
+from benchmarks.speed_process import FAINT, MB, Task, seconds_of
 from saekit.activations import Activations
 from saekit.sae.architectures import ARCHITECTURES
 from saekit.sites import capture
@@ -158,12 +158,20 @@ def steer(job: dict[str, Any], arrays: Mapping[str, Tensor]) -> Task:
         edit = saekit.Direction.from_sae(sae, 0).clamp(1.0)
     prompt = arrays["prompt"]
 
-    def once() -> None:
-        with nullcontext() if job.get("plain") else saekit.steer(model, edit):
-            (made,) = saekit.generate(model, [prompt[0]], job["new_tokens"], temperature=0, stop_at_eos=False)
+    def plain() -> None:
+        (made,) = saekit.generate(model, [prompt[0]], job["new_tokens"], temperature=0, stop_at_eos=False)
         assert len(made.ids) == prompt.shape[1] + job["new_tokens"]
 
-    return Task(once)
+    def steered() -> None:
+        with saekit.steer(model, edit):
+            plain()
+
+    def figures() -> dict[str, float]:
+        """Here, by turns: where a process's memory happens to lie makes more of a difference than an edit."""
+        times = [seconds_of(steered) / seconds_of(plain) for _ in range(job["pairs"])]
+        return {"times plain": statistics.median(times), "least": min(times), "most": max(times)}
+
+    return Task(steered, figures)
 
 
 def quality(job: dict[str, Any], arrays: Mapping[str, Tensor]) -> Task:

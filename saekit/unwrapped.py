@@ -31,9 +31,7 @@ class _Part(NamedTuple):
     """Components that stand aside together, as soon as nothing listens."""
 
     places: list[_Place]
-    hooks: list[
-        Mapping[int, Any]
-    ]  # torch's own, by their handles' numbers, of all modules whose hooks would be missed
+    hooks: list[Mapping[int, Any]]  # by their handles' numbers, of all modules whose hooks would be missed
     block: Any = None  # its bridge's own hooks, which only feed other hooks, do not count
     is_inside: bool = False  # of a block
 

@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"  # servers of the tests are on 127.0.0.1
 
+import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +56,12 @@ VERBS = ["sees", "takes", "finds", "keeps", "follows", "leaves", "paints", "carr
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Caches for the hub and for W&B, before either is imported: a home folder may be missing, or full of answers."""
+    """Caches for the hub and for W&B, before either is imported: a home folder may be missing, or full of answers.
+
+    Ctrl-C is a KeyboardInterrupt, as tests need it, also where the shell has the signal ignored (`nohup make test &`).
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     caches = tempfile.TemporaryDirectory(prefix="saekit-tests-", ignore_cleanup_errors=True)
     config.add_cleanup(caches.cleanup)
     for name in ("HF_HOME", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):

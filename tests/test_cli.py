@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 from conftest import SITE, sentences
+from filelock import FileLock
 
 from saekit.cli import main
 from saekit.console import CatalogProgress
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    path = tmp_path / "text.json"
+def corpus_in(folder):
+    path = folder / "text.json"
     path.write_text(json.dumps(sentences(60)))
     return path
 
 
-@pytest.fixture
-def recipe(tmp_path, corpus):
-    path = tmp_path / "r.yaml"
+def recipe_in(folder, corpus):
+    path = folder / "r.yaml"
     path.write_text(
         f"name: small\nmodel: tiny\nsite: {SITE}\ndata: {{text: {corpus}, context_size: 32, held_out: 0.2}}\n"
         "sae: {architecture: topk, d_sae: 64, k: 4}\ntraining: {tokens: 2000, batch_size: 200, ring: 400, evaluate_tokens: 300}\n"
     )
     return path
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return corpus_in(tmp_path)
+
+
+@pytest.fixture
+def recipe(tmp_path, corpus):
+    return recipe_in(tmp_path, corpus)
 
 
 def output(capsys, *arguments):
@@ -102,6 +113,8 @@ def test_the_whole_way_by_hand(recipe, corpus, tmp_path, monkeypatch, capsys) ->
         2,
         "--controls",
         1,
+        "--max-new-tokens",
+        8,
     ]
     rows = json.loads(output(capsys, *curve, "--keywords", "king,River", "--json"))
     assert [row["strength"] for row in rows] == [0, 4]
@@ -113,15 +126,31 @@ def test_the_whole_way_by_hand(recipe, corpus, tmp_path, monkeypatch, capsys) ->
     assert (tmp_path / page).is_file()
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A trained SAE and its catalog, `checkpoints/small/final` and `cat`; made once for all processes of a run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "by-hand"
+    with FileLock(f"{folder}.lock"), pytest.MonkeyPatch.context() as patch:
+        if not folder.exists():
+            making = tmp_path_factory.mktemp("by-hand-making")
+            patch.chdir(making)
+            corpus = corpus_in(making)
+            assert main(["train", str(recipe_in(making, corpus)), "report=false"]) == 0
+            build = ["catalog", "build", "checkpoints/small/final", "--text", str(corpus), "--out", "cat"]
+            assert main(build) == 0
+            making.rename(folder)
+    return folder
+
+
 @pytest.fixture
-def built(recipe, corpus, tmp_path, monkeypatch, capsys):
-    """A trained SAE and its catalog, `checkpoints/small/final` and `cat`, in the current folder."""
+def built(made, tmp_path, monkeypatch):
+    """A copy of it, with its text, in the current folder."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    output(capsys, "train", recipe)
-    output(capsys, "catalog", "build", "checkpoints/small/final", "--text", corpus, "--out", "cat")
 
 
-def test_a_catalog_is_asked_by_hand(built, corpus, tmp_path, capsys) -> None:
+def test_a_catalog_is_asked_by_hand(built, tmp_path, capsys) -> None:
     hits = json.loads(output(capsys, "catalog", "search", "cat", "--sort", "density", "--limit", 3, "--json"))
     densities = [hit["density"] for hit in hits]
     assert densities == sorted(densities, reverse=True)
@@ -145,10 +174,10 @@ def test_a_catalog_is_asked_by_hand(built, corpus, tmp_path, capsys) -> None:
     assert "tokens.parquet" in capsys.readouterr().out
 
 
-def test_parts_are_merged_to_what_one_build_makes(built, corpus, tmp_path, capsys) -> None:
+def test_parts_are_merged_to_what_one_build_makes(built, tmp_path, capsys) -> None:
     for i in (1, 2):
         output(
-            capsys, "catalog", "build", "checkpoints/small/final", "--text", corpus, "--out", f"part-{i}", "--part", f"{i}/2"
+            capsys, "catalog", "build", "checkpoints/small/final", "--text", "text.json", "--out", f"part-{i}", "--part", f"{i}/2"
         )  # fmt: skip
     merged = json.loads(output(capsys, "catalog", "merge", "part-1", "part-2", "--out", "merged", "--json"))
     assert merged["features"] == 64

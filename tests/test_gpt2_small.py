@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,7 +94,14 @@ def test_the_jedi_command_at_true_shapes(folder, capsys) -> None:
 
 
 def test_evaluating_and_cataloguing_a_centred_sae(folder, gpt2, tmp_path) -> None:
-    sae = SAE.load(folder / "sae")
+    whole = SAE.load(folder / "sae")
+    # Every 24th latent: all of them cost 24² times as much when each is laid beside each, and show no more.
+    sae = SAE(replace(whole.config, d_sae=1024))
+    rows = {
+        name: p[..., ::24] if name == "W_enc" else p if name == "b_dec" else p[::24]
+        for name, p in whole.state_dict().items()
+    }
+    sae.load_state_dict(rows)
     tokens = tokenize(
         ["Mike pulls out his phone. " * 8, "The king sees a ship near the river. " * 8], gpt2, 32
     )
@@ -101,7 +109,7 @@ def test_evaluating_and_cataloguing_a_centred_sae(folder, gpt2, tmp_path) -> Non
     assert figures["tokens"] > 50
     catalog = saekit.Catalog.build(gpt2, sae, tokens, tmp_path / "c", contexts=2)
     assert catalog.sae.config.center_input
-    assert len(catalog) == 24_576
+    assert len(catalog) == 1024
 
 
 def test_the_published_vector_file_is_refused_at_another_width(model) -> None:

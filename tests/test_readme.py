@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FEWER = {
-    '"training.tokens=200_000"': '"training.tokens=40_000", "training.evaluate_tokens=1_000"',
-    "max_tokens=100_000": "max_tokens=20_000",
+    '"training.tokens=200_000"': '"training.tokens=16_384", "training.evaluate_tokens=1_000"',
+    "max_tokens=100_000": "max_tokens=6_000",
 }
 
 

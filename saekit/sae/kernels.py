@@ -237,7 +237,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Of up to `FEW` rows each comes out as it would alone, bit for bit, where the compiled kernels take them; summed in float32.
     """
-    if rows := _few(x, weight, bias):
+    if rows := few(x, weight, bias):
         S, D = weight.shape
         out = x.new_empty(*x.shape[:-1], S)
         native.call(_typed("linear", x), x.contiguous(), rows, D, weight, S, bias, out)
@@ -247,7 +247,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W + b as GPT-2's Conv1D has it: `linear` with weight [D, S]."""
-    if rows := _few(x, weight, bias):
+    if rows := few(x, weight, bias):
         D, S = weight.shape
         out = x.new_empty(*x.shape[:-1], S)
         native.call(_typed("conv1d", x), x.contiguous(), rows, D, weight, S, bias, out)
@@ -257,8 +257,8 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
 
-def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
-    """How many rows x has, if the compiled kernels take them; else 0. (Asked for each layer of each token: so no loops.)"""
+def few(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """How many rows x has, if the compiled kernels take them; else 0. (Asked for at each layer of each token: so no loops.)"""
     dtype = x.dtype
     fits = (
         (dtype == torch.float32 or dtype == torch.bfloat16)

@@ -28,7 +28,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saekit.errors import InvalidInput, UnknownFeature
-from saekit.sae import memory
+from saekit.sae import kernels, memory
 from saekit.sae.architectures import ARCHITECTURES, Architecture
 
 if TYPE_CHECKING:
@@ -326,9 +326,16 @@ class SAE(nn.Module):
 
     def preactivations(self, x: Tensor) -> Tensor:
         """p [.., S], scaled by the decoder norms where the SAE selects by them."""
-        x = self._input(x)
-        p = (x if self.shift is None else x - self.shift) @ self.W_enc + self.encoder_bias
+        x, rows = self._shifted(x), self.W_enc.t()
+        if kernels.few(x, rows, self.encoder_bias):  # a token that is being generated, say
+            p = kernels.linear(x, rows, self.encoder_bias)
+        else:
+            p = x @ self.W_enc + self.encoder_bias
         return p * self.W_dec.norm(dim=1) if self.config.rescale_acts_by_decoder_norm else p
+
+    def _shifted(self, x: Tensor) -> Tensor:
+        x = self._input(x)
+        return x if self.shift is None else x - self.shift
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents f [.., S] of activations x [.., D] of any float dtype. Raises `InvalidInput` on a wrong width."""
@@ -344,9 +351,7 @@ class SAE(nn.Module):
         some: slice | list[int] = at
         if len(at) == 1:
             some = slice(at[0], at[0] + 1)  # a view: nothing is gathered at each token that is steered
-        shifted = self._input(x)
-        shifted = shifted if self.shift is None else shifted - self.shift
-        p = shifted @ self.W_enc[:, some] + self.encoder_bias[some]
+        p = self._shifted(x) @ self.W_enc[:, some] + self.encoder_bias[some]
         if self.architecture != "topk":
             return self.kind.activate(self, p, some)
         if x.device.type == "cpu" and bool((p <= -ROUNDING).all()):

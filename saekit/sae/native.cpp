@@ -439,7 +439,7 @@ void gate_back(const T* gates, const T* g_gate, const T* g_f, const float* a, co
 // Products of M rows, few of them, with weights that have to come from memory, once for all rows. A row's sums are taken in one order
 // however many rows there are, so that it comes out alike among others and alone.
 
-constexpr int SOME_ROWS = 8, SOME_TOKENS = 4;  // of the weights and of x at a time: their sums fit the registers
+constexpr int SOME_ROWS = 8, SOME_TOKENS = 4;  // of the weights and of x, gone through together
 
 // Into sums [M, TWO], in the order of load_two, what x [M, padded], which is in that order, gives with R rows of the weights.
 template <int R, int M, class T>

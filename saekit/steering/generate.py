@@ -1,9 +1,9 @@
 """Continuing prompts: cached, batched, sampled from a seed for each row, streamed, with chat templates.
 
 The Hugging Face model under the bridge runs step by step on its own cache, without the bridge's components where nobody listens
-(`unwrapped`) and with products of its own for the few rows of a step (`few_rows`); edits that are on are on here too. Sampling is greedy search over logits with Gumbel noise added (Gumbel 1954;
-argmax(log p + g) draws from p), so that each row of a batch draws from a generator of its own: row i of a batch is what its prompt
-and seed give alone, and the global generator is left as it was.
+(`unwrapped`) and with kernels for the few rows of a step (`few_rows`); edits that are on are on here too. Sampling is greedy search
+over logits with Gumbel noise added (Gumbel 1954; argmax(log p + g) draws from p), so that each row of a batch draws from a
+generator of its own: row i of a batch is what its prompt and seed give alone, and the global generator is left as it was.
 
 N prompts of T tokens, V vocabulary.
 """
@@ -111,10 +111,8 @@ def stream_rows(
 
     def steps() -> Generator[list[str], None, list[Generated]]:
         while not rows.ended and rows.made < max_new_tokens:
-            with (
-                unwrapped(model),
-                rows.products,
-            ):  # step by step: between two of them the model is everybody's
+            # step by step: between two of them the model is everybody's
+            with unwrapped(model), rows.products:
                 rows.step()
             last = rows.ended or rows.made == max_new_tokens
             yield [text.grown(row, last=last) for text, row in zip(texts, rows.ids(), strict=True)]
@@ -263,9 +261,8 @@ class _Rows:
             inputs["logits_to_keep"] = 1
         out = self._model(**inputs)
         if self._cached and self._past is None:
-            self._past = roomy(
-                getattr(out, "past_key_values", None)
-            )  # a model without one reads it all again
+            # a model without one reads it all again
+            self._past = roomy(getattr(out, "past_key_values", None))
         new = self._sampler(out.logits[:, -1]).argmax(-1)
         for row, drawn in enumerate(new.tolist()):
             if self._on[row]:

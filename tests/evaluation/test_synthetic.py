@@ -299,11 +299,17 @@ EXPECTED = {
 }
 
 
+@pytest.fixture(scope="module")
+def learnt_from():
+    truth, batch_size = Superposition(32, 64, max_cosine=0.3, rate=0.03), 256
+    return truth, list(itertools.islice(truth.batches(batch_size), 600)), batch_size
+
+
 @pytest.mark.parametrize("architecture", EXPECTED)
-def test_trained_saes_recover_the_truth(architecture) -> None:
-    truth = Superposition(32, 64, max_cosine=0.3, rate=0.03)
+def test_trained_saes_recover_the_truth(architecture, learnt_from) -> None:
+    truth, batches, batch_size = learnt_from
     training, k, recovered, mmcs = EXPECTED[architecture]
-    steps, batch_size = 600, 256
+    steps = len(batches)
     sae = SAE.new(architecture, d_in=32, d_sae=96, k=k)
     fresh = recovery(sae, truth)
     assert fresh["recovered"] == 0
@@ -316,7 +322,7 @@ def test_trained_saes_recover_the_truth(architecture) -> None:
         dead_after=steps * batch_size // 10,
         **training,
     )
-    for x in itertools.islice(truth.batches(batch_size), steps):
+    for x in batches:
         trainer.step(x)
     figures = recovery(trainer.sae, truth)
     assert figures["recovered"] >= recovered

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SITE, sentences
+from sketches import sketched
 
 from saekit.evaluation import assess
 from saekit.lm import special_ids
@@ -28,6 +29,8 @@ from saekit.training.tracking import SAMPLES, read_rows
 
 OTHER = "blocks.1.hook_resid_pre"
 TOPK = {"architecture": "topk", "d_sae": 64, "k": 6}
+HELD_OUT = 3  # documents
+DRAWN = True  # pictures are what this is about
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -36,7 +39,7 @@ def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("somebody") / "private"
     folder.mkdir()
     (folder / "text.json").write_text(json.dumps(sentences(40)))
-    (folder / "held.json").write_text(json.dumps(sentences(6, seed=9)))
+    (folder / "held.json").write_text(json.dumps(sentences(HELD_OUT, seed=9)))
     return folder
 
 
@@ -147,7 +150,7 @@ def test_each_feature_is_shown_where_it_fires_most(model, held_out, sites) -> No
             assert max(excerpt.activations) == excerpt.activations[excerpt.peak]
             assert "<|endoftext|>" not in excerpt.tokens
             assert any(
-                "".join(excerpt.tokens) in text for text in sentences(6, seed=9)
+                "".join(excerpt.tokens) in text for text in sentences(HELD_OUT, seed=9)
             )  # one document's words
         assert bool(example.raised) == bool(example.lowered) == (not crossed)
 
@@ -214,7 +217,8 @@ def test_what_fails_in_a_report_is_told_and_spoils_nothing(recipe, model, tmp_pa
         raise OSError("no space left")
 
     monkeypatch.setattr("saekit.training.report.replace_text", broken)
-    run = train(recipe(), model=model, runs=tmp_path, reporter=Told())
+    with sketched():
+        run = train(recipe(), model=model, runs=tmp_path, reporter=Told())
     assert lines[-1] == f"no report in {run.path} (no space left); all else of the run is there"
     left = {path.name for path in run.path.iterdir()}
     assert {"final", "step-8"} < left

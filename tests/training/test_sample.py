@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import saekit
+from saekit import embedded
 from saekit.errors import FileMissing, InvalidInput
 from saekit.files import read_metadata, read_tensors
 from saekit.lm import tokenizer_hash
@@ -33,25 +35,40 @@ def toy() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-def test_samples_are_a_corpus_and_the_seed_decides_them(model: TransformerBridge, tmp_path: Path) -> None:
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A model with the embedded one's tokenizer and room for 64 ids: each of them is a call."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=8192, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "small")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(embedded.folder("model") / name, tmp_path / "small" / name)
+    return tmp_path / "small"
+
+
+def test_samples_are_a_corpus_and_the_seed_decides_them(
+    model: TransformerBridge, small: Path, tmp_path: Path
+) -> None:
     lines: list[str] = []
-    first = sample_documents("tiny", 900, 0, tmp_path / "a", rows=8, report=lines.append)
-    again = sample_documents("tiny", 900, 0, tmp_path / "b", rows=8)
-    other = sample_documents("tiny", 900, 1, tmp_path / "c", rows=8)
+    first = sample_documents(small, 300, 0, tmp_path / "a", rows=4, report=lines.append)
+    again = sample_documents(small, 300, 0, tmp_path / "b", rows=4)
+    other = sample_documents(small, 300, 1, tmp_path / "c", rows=4)
     assert [path.name for path in first] == ["sample-0.tokens.safetensors"]
     ids, same, different = (read_tensors(path)["ids"] for (path,) in (first, again, other))
     assert torch.equal(ids, same)
     assert not torch.equal(ids[:200], different[:200])
-    assert lines[-1].split(" tokens")[0].endswith("of 900")
+    assert lines[-1].split(" tokens")[0].endswith("of 300")
 
     docs = [np.asarray(document) for document in documents(tmp_path / "a")()]
-    assert 900 <= sum(map(len, docs)) < 900 + 256
-    assert all(16 <= len(document) < 256 and document.min() > 0 for document in docs)
+    assert 300 <= sum(map(len, docs)) < 300 + 64
+    assert all(16 <= len(document) < 64 and document.min() > 0 for document in docs)
     metadata = read_metadata(first[0])
     assert metadata["tokenizer"] == tokenizer_hash(model.tokenizer)
-    assert metadata["note"] == "sampled from tiny, seed 0, temperature 1"
-    contexts = next(saekit.tokenize(tmp_path / "a", model, 64).batches(4))
-    assert torch.equal(contexts.ids[0, 1:], torch.from_numpy(docs[0][:63].astype(np.int64)))
+    assert metadata["note"] == "sampled from small, seed 0, temperature 1"
+    contexts = next(saekit.tokenize(tmp_path / "a", model, 32).batches(4))
+    assert torch.equal(contexts.ids[0, 1:], torch.from_numpy(docs[0][:31].astype(np.int64)))
 
 
 def test_rows_end_on_their_own_and_stay_themselves_as_others_end(

@@ -38,7 +38,7 @@ def recipe(tmp_path_factory):
     text = tmp_path_factory.mktemp("text") / "text.json"
     text.write_text(json.dumps(sentences(50)))
     held_out = text.with_name("held_out.json")
-    held_out.write_text(json.dumps(sentences(3, seed=9)))
+    held_out.write_text(json.dumps([text.partition(".")[0] for text in sentences(3, seed=9)]))
 
     def make(sae, name="sweep", **training):
         return parse_recipe(

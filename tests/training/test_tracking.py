@@ -30,7 +30,7 @@ def recipe(tmp_path):
     text = tmp_path / "text.json"
     text.write_text(json.dumps(sentences(40)))
     held_out = tmp_path / "held_out.json"
-    held_out.write_text(json.dumps(sentences(2, seed=9)))
+    held_out.write_text(json.dumps([text.partition(".")[0] for text in sentences(2, seed=9)]))
 
     def make(sae: Any):
         return parse_recipe(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import math
 
@@ -18,6 +19,7 @@ from saekit.training.trainer import Trainer, geometric_median, origin
 D, S, B = 16, 64, 256
 
 
+@functools.cache  # the tests take the same batches again and again
 def superposition(n: int, seed: int = 0, active: int = 3, scale: float = 1.0) -> torch.Tensor:
     """Sparse combinations of S known directions in D dimensions."""
     draw = torch.Generator().manual_seed(seed)
