@@ -241,7 +241,7 @@ def catalog_rows(inputs: Inputs, wanted: Wanted) -> Iterator[Row]:
 
 def steer_rows(inputs: Inputs, wanted: Wanted) -> Iterator[Row]:
     """Generation with a direction added at the site, in the model of the other clocks and in the embedded one."""
-    new, pairs = (8, 2) if wanted.quick else (64, 15)
+    new, pairs = (8, 2) if wanted.quick else (64, 20)
     models = [
         ("one prompt", inputs.model, SITE, MODEL["n_embd"]),
         ("one prompt, embedded model", embedded.folder("model"), "blocks.3.hook_resid_pre", 256),

@@ -167,8 +167,12 @@ def steer(job: dict[str, Any], arrays: Mapping[str, Tensor]) -> Task:
             plain()
 
     def figures() -> dict[str, float]:
-        """Here, by turns: where a process's memory happens to lie makes more of a difference than an edit."""
-        times = [seconds_of(steered) / seconds_of(plain) for _ in range(job["pairs"])]
+        """Here, by turns: where a process's memory happens to lie makes more of a difference than an edit, and so does who is second."""
+        times = []
+        for pair in range(job["pairs"]):
+            first, second = (steered, plain) if pair % 2 else (plain, steered)
+            taken = {first: seconds_of(first), second: seconds_of(second)}
+            times.append(taken[steered] / taken[plain])
         return {"times plain": statistics.median(times), "least": min(times), "most": max(times)}
 
     return Task(steered, figures)
