@@ -235,7 +235,8 @@ FEW = 8  # rows
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b as `torch.nn.Linear` has it: x […, D], weight [S, D], bias [S] → […, S], of x's dtype.
 
-    Of up to `FEW` rows each comes out as it would alone, bit for bit, where the compiled kernels take them; summed in float32.
+    In inference mode each of up to `FEW` rows comes out as it would alone, bit for bit, summed in float32, where the compiled
+    kernels take them.
     """
     if rows := few(x, weight, bias):
         S, D = weight.shape
@@ -258,7 +259,12 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def few(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
-    """How many rows x has, if the compiled kernels take them; else 0. (Asked for at each layer of each token: so no loops.)"""
+    """How many rows x has, if the compiled kernels take them; else 0.
+
+    They know of no gradient of any kind, so in inference mode only. (Asked for at each layer of each token: so no loops.)
+    """
+    if not torch.is_inference_mode_enabled():
+        return 0
     dtype = x.dtype
     fits = (
         (dtype == torch.float32 or dtype == torch.bfloat16)
@@ -266,12 +272,10 @@ def few(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
         and x.is_cpu
         and weight.is_cpu
         and weight.is_contiguous()
-        and (bias is None or (bias.dtype == dtype and bias.is_contiguous()))
+        and (bias is None or (bias.dtype == dtype and bias.is_cpu and bias.is_contiguous()))
     )
     rows = x.numel() // x.shape[-1] if fits and x.numel() else 0
-    if rows > FEW or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-        return 0
-    return rows if native.library() is not None else 0
+    return rows if rows <= FEW and native.library() is not None else 0
 
 
 def _positive(f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 class FewRows:
-    """While open, `nn.Linear` and GPT-2's `Conv1D` take up to `kernels.FEW` rows by kernels of our own, on the CPU.
+    """While open, `nn.Linear` and GPT-2's `Conv1D` take up to `kernels.FEW` rows by kernels of our own, on the CPU, in inference mode.
 
     Products of more rows, other layers, quantized or parametrized ones, and layers whose `forward` somebody has replaced go as
     before. A context manager for one thread at a time, which can be opened again.
@@ -30,12 +30,14 @@ class FewRows:
     def __enter__(self) -> None:
         if torch.is_autocast_enabled("cpu") or native.library() is None:
             return
-        for module, forward in self._layers:
-            if "forward" not in module.__dict__:
-                self._changed.append(
-                    module
-                )  # noted first: an interrupt between the two leaves nothing behind
-                module.__dict__["forward"] = forward
+        try:
+            for module, forward in self._layers:
+                if "forward" not in module.__dict__:
+                    self._changed.append(module)
+                    module.__dict__["forward"] = forward
+        except BaseException:  # Ctrl-C: nobody else would put back what has been changed by now
+            self.__exit__()
+            raise
 
     def __exit__(self, *_: Any) -> None:
         while self._changed:

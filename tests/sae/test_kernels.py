@@ -370,7 +370,10 @@ def test_nan_stays_nan_where_all_latents_are_looked_at(dtype) -> None:
 # Products of a few rows
 
 WIDTHS = st.sampled_from([1, 5, 16, 31, 32, 33, 64, 95, 200])
-PRODUCTS = {"linear": kernels.linear, "conv1d": kernels.conv1d}
+PRODUCTS = {
+    "linear": torch.inference_mode()(kernels.linear),
+    "conv1d": torch.inference_mode()(kernels.conv1d),
+}
 
 
 def factors(rows, D, S, dtype, seed=0, *, product="linear", bias=True):
@@ -446,27 +449,38 @@ def test_which_products_are_left_to_torch(library) -> None:
     x, weight, bias = factors(2, 8, 8, torch.float32)
     asked = []
     with patch.object(native, "call", lambda name, *_: asked.append(name)):
-        kernels.linear(x, weight, bias)
-        kernels.conv1d(x, weight, bias)
+        for function in PRODUCTS.values():
+            function(x, weight, bias)
+            with plainly():
+                function(x, weight, bias)
         assert asked == ["linear_f32", "conv1d_f32"]
-        with plainly():
-            kernels.linear(x, weight, bias)
         for other in (
             (x.double(), weight.double(), bias.double()),
             (x.half(), weight.half(), bias.half()),
             (x, weight.t(), bias),
-            (x.clone().requires_grad_(), weight, bias),
-            (x, weight.clone().requires_grad_(), bias),
             (x.repeat(kernels.FEW, 1), weight, bias),
             (x[:0], weight, bias),
         ):
             for function in PRODUCTS.values():
                 function(*other)
     assert len(asked) == 2
-    x.requires_grad_()
-    for function in PRODUCTS.values():
-        (grad,) = torch.autograd.grad(function(x, weight, bias).sum(), x)
-        assert grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_product_outside_of_inference_mode_has_every_derivative(product) -> None:
+    function = {"linear": kernels.linear, "conv1d": kernels.conv1d}[product]
+    given = [t.double() for t in factors(2, 3, 4, torch.float32, product=product)]
+    for wanted in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        of = [t.clone().requires_grad_(w) for t, w in zip(given, wanted, strict=True)]
+        assert torch.autograd.gradcheck(function, of)
+        single = [
+            t.detach().float().requires_grad_(t.requires_grad) for t in of
+        ]  # what the kernels would take
+        assert function(*single).requires_grad
+    x, weight, bias = (t.float() for t in given)
+    with torch.no_grad():
+        each = torch.func.vmap(lambda row: function(row[None], weight, bias)[0])(x)
+        torch.testing.assert_close(each, function(x, weight, bias))
 
 
 # Threads
@@ -512,8 +526,8 @@ def test_the_same_bits_with_any_number_of_threads(n) -> None:
         (kernels.gate_back, p, p + 1, p - 1, randn(200), randn(200, seed=1), randn(200, seed=2)),
         (kernels.pair_dots, tokens, latents, starts, rest, rows),
         (kernels.decode_error, tokens, latents, starts, weights, rows, rest),
-        (kernels.linear, *factors(2, 700, 9000, torch.float32)),
-        (kernels.conv1d, *factors(2, 700, 9000, torch.float32, product="conv1d")),
+        (PRODUCTS["linear"], *factors(2, 700, 9000, torch.float32)),
+        (PRODUCTS["conv1d"], *factors(2, 700, 9000, torch.float32, product="conv1d")),
     ]
     for function, *arguments in calls:
         with threads(1):

@@ -46,7 +46,7 @@ def changed(net: nn.Module) -> list[str]:
 
 
 @compiled
-@torch.no_grad()
+@torch.inference_mode()
 def test_up_to_a_few_rows_go_by_the_kernels(taken) -> None:
     net, x = Net(), torch.randn(2, kernels.FEW, 40)
     for rows in (1, kernels.FEW):
@@ -64,7 +64,7 @@ def test_up_to_a_few_rows_go_by_the_kernels(taken) -> None:
 
 
 @compiled
-@torch.no_grad()
+@torch.inference_mode()
 def test_hooks_on_the_layers_act(taken) -> None:
     net, x = Net(), torch.randn(3, 40)
     net.down.register_forward_pre_hook(lambda _, given: given[0].flip(-1))
@@ -73,6 +73,20 @@ def test_hooks_on_the_layers_act(taken) -> None:
     with FewRows(net):
         torch.testing.assert_close(net(x), plain)
     assert len(taken) == 3
+
+
+@compiled
+def test_ctrl_c_while_it_opens_leaves_nothing_changed() -> None:
+    class Interrupted(dict[str, Any]):
+        def __setitem__(self, *_: Any) -> None:
+            raise KeyboardInterrupt
+
+    net = Net()
+    products = FewRows(net)
+    object.__setattr__(net.last, "__dict__", Interrupted(net.last.__dict__))
+    with pytest.raises(KeyboardInterrupt), products:
+        pass
+    assert not changed(net)
 
 
 @compiled
@@ -90,7 +104,7 @@ def test_everything_is_put_back_and_it_opens_again() -> None:
 
 
 @compiled
-@torch.no_grad()
+@torch.inference_mode()
 def test_weights_that_change_are_used(taken) -> None:
     net, x = Net(), torch.randn(1, 40)
     products = FewRows(net)
@@ -103,7 +117,7 @@ def test_weights_that_change_are_used(taken) -> None:
     assert taken == ["linear_bf16", "conv1d_bf16", "linear_bf16"]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def test_layers_of_others_are_left_alone(taken) -> None:
     class Own(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -121,7 +135,7 @@ def test_layers_of_others_are_left_alone(taken) -> None:
     assert not taken
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def test_under_autocast_and_without_a_compiler_torch_does_it(monkeypatch, taken) -> None:
     net, x = Net(), torch.randn(1, 40)
     with torch.autocast("cpu", torch.bfloat16), FewRows(net):
